@@ -1,0 +1,99 @@
+//! What finding the queues of one message costs, without the channel's cache of routes.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use amq_protocol::types::{AMQPValue, FieldTable};
+use criterion::{Criterion, criterion_group, criterion_main};
+use leveret::broker::binding::{Binding, Destination};
+use leveret::broker::router::{RouteResult, Topology};
+
+type Queues = Topology<Arc<usize>>;
+
+/// A vhost with `count` queues, each bound to `exchange` with the key and arguments that `rule` gives it.
+fn bound(exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTable)) -> Queues {
+    let mut topology = Topology::with_predeclared("/".into());
+    for number in 0..count {
+        let name = format!("q{number}");
+        topology.add_queue(name.as_str().into(), Arc::new(number));
+        let (key, arguments) = rule(number);
+        let binding = Binding {
+            source: exchange.into(),
+            destination: Destination::Queue(name.as_str().into()),
+            key: key.into(),
+            arguments,
+        };
+        assert_eq!(topology.bind(binding), Ok(true));
+    }
+    topology
+}
+
+fn by_key(exchange: &str, count: usize, key: impl Fn(usize) -> String) -> Queues {
+    bound(exchange, count, |number| (key(number), FieldTable::default()))
+}
+
+/// Measures one route; `expected` queues must come out.
+fn measure(
+    c: &mut Criterion,
+    name: &str,
+    (topology, exchange): (&Queues, &str),
+    (keys, headers): (&[&str], Option<&FieldTable>),
+    expected: usize,
+) {
+    let keys: Vec<&[u8]> = keys.iter().map(|key| key.as_bytes()).collect();
+    let mut out = RouteResult::default();
+    c.bench_function(name, |bencher| {
+        bencher.iter(|| {
+            topology.route(black_box(exchange), black_box(&keys), headers, &mut out).expect("exists");
+            black_box(out.queues.len())
+        });
+    });
+    assert_eq!(out.queues.len(), expected, "{name}");
+}
+
+fn by_name(c: &mut Criterion) {
+    let topology = by_key("amq.direct", 10_000, |number| format!("key.{number}"));
+    measure(c, "default, 10k queues", (&topology, ""), (&["q7777"], None), 1);
+    measure(c, "direct, 10k bindings", (&topology, "amq.direct"), (&["key.7777"], None), 1);
+    let copies = ["key.1", "key.2", "key.3", "key.4"];
+    measure(c, "direct, 10k bindings, 4 keys", (&topology, "amq.direct"), (&copies, None), 4);
+    for count in [1, 10, 1000] {
+        let topology = by_key("amq.fanout", count, |_| String::new());
+        let name = format!("fanout, {count} queues");
+        measure(c, &name, (&topology, "amq.fanout"), (&[""], None), count);
+    }
+}
+
+fn topic(c: &mut Criterion) {
+    let exchange = "amq.topic";
+    let literal = by_key(exchange, 10_000, |n| format!("eu.site{}.sensor.{n}", n % 100));
+    measure(c, "topic, 10k literal", (&literal, exchange), (&["eu.site77.sensor.7777"], None), 1);
+    measure(c, "topic, 10k literal, none", (&literal, exchange), (&["us.site77.x.7777"], None), 0);
+    let star = by_key(exchange, 10_000, |n| format!("eu.*.sensor{}.{n}", n % 100));
+    measure(c, "topic, 10k with *", (&star, exchange), (&["eu.site9.sensor77.7777"], None), 1);
+    let hash = by_key(exchange, 10_000, |n| format!("eu.site{}.{n}.#", n % 100));
+    measure(c, "topic, 10k with # at the end", (&hash, exchange), (&["eu.site77.7777.a.b"], None), 1);
+    let mixed = by_key(exchange, 10_000, |n| match n % 4 {
+        0 => format!("eu.site{}.sensor.{n}", n % 100),
+        1 => format!("eu.*.sensor.{n}"),
+        2 => format!("eu.site{}.#.{n}", n % 100),
+        _ => format!("#.{n}"),
+    });
+    measure(c, "topic, 10k mixed", (&mixed, exchange), (&["eu.site77.sensor.7777"], None), 1);
+    measure(c, "topic, 10k mixed, none", (&mixed, exchange), (&["eu.site77.sensor.x"], None), 0);
+}
+
+fn headers(c: &mut Criterion) {
+    let table = |number: usize| {
+        let mut table = FieldTable::default();
+        table.insert("kind".into(), AMQPValue::LongString("sensor".into()));
+        table.insert("number".into(), AMQPValue::LongLongInt(i64::try_from(number).expect("small")));
+        table
+    };
+    let topology = bound("amq.headers", 100, |number| (String::new(), table(number)));
+    let (message, exchange) = (table(77), "amq.headers");
+    measure(c, "headers, 100 bindings", (&topology, exchange), (&[""], Some(&message)), 1);
+}
+
+criterion_group!(benches, by_name, topic, headers);
+criterion_main!(benches);

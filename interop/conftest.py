@@ -1,0 +1,150 @@
+"""Fixtures: connections to the broker at AMQP_URL, and names nobody else uses."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pika
+import pika.exceptions
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+
+pytest.register_assert_rewrite("helpers", "raw")
+
+from helpers import Server  # noqa: E402
+from raw import RawClient, plain  # noqa: E402
+
+DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/%2f"
+
+
+@pytest.fixture(scope="session")
+def amqp_url() -> str:
+    return os.environ.get("AMQP_URL", DEFAULT_URL)
+
+
+@pytest.fixture(scope="session")
+def server(amqp_url: str) -> Server:
+    with RawClient(amqp_url) as client:
+        properties = plain(client.read_start().server_properties)
+    numbers = properties["version"].split("-")[0].split("+")[0].split(".")
+    return Server(properties["product"], tuple(int(number) for number in numbers))
+
+
+@pytest.fixture(scope="session")
+def janitor(amqp_url: str) -> Iterator[Callable[[str], None]]:
+    """Deletes the queue and the exchange of a name, whichever exist."""
+    parameters = pika.URLParameters(amqp_url)
+    parameters.heartbeat = 0
+    connection = pika.BlockingConnection(parameters)
+    channels: list[BlockingChannel] = [connection.channel()]
+
+    def delete(name: str) -> None:
+        for deletion in ("queue_delete", "exchange_delete"):
+            try:
+                getattr(channels[0], deletion)(name)
+            except pika.exceptions.ChannelClosedByBroker as error:
+                # An exclusive queue whose connection is just being taken down.
+                assert error.reply_code == 405, error
+                channels[0] = connection.channel()
+
+    yield delete
+    connection.close()
+
+
+@pytest.fixture
+def name(janitor: Callable[[str], None]) -> Iterator[Callable[..., str]]:
+    """Makes names for queues and exchanges; what they name is deleted after the test."""
+    made: list[str] = []
+
+    def make(label: str = "q") -> str:
+        made.append(f"interop-{uuid.uuid4().hex[:12]}-{label}")
+        return made[-1]
+
+    yield make
+    for each in made:
+        janitor(each)
+
+
+def give_up_after(seconds: float, connection: BlockingConnection) -> None:
+    """Makes whatever waits for the broker then raise; pika itself would wait without end."""
+
+    def give_up() -> None:
+        raise TimeoutError("the broker did not answer in time")
+
+    connection._impl.ioloop.call_later(seconds, give_up)
+
+
+@pytest.fixture
+def connect(amqp_url: str, name: Any) -> Iterator[Callable[..., BlockingConnection]]:
+    """Opens further connections: `connect(frame_max=8192)`. None of them waits for ever."""
+    opened: list[BlockingConnection] = []
+
+    def open_connection(**overrides: Any) -> BlockingConnection:
+        parameters = pika.URLParameters(amqp_url)
+        for key, value in overrides.items():
+            setattr(parameters, key, value)
+        opened.append(pika.BlockingConnection(parameters))
+        give_up_after(40, opened[-1])
+        return opened[-1]
+
+    yield open_connection
+    for connection in opened:
+        if connection.is_open:
+            give_up_after(5, connection)
+            with suppress(pika.exceptions.AMQPError):
+                connection.close()
+
+
+@pytest.fixture
+def connection(connect: Callable[..., BlockingConnection]) -> BlockingConnection:
+    return connect()
+
+
+@pytest.fixture
+def channel(connection: BlockingConnection) -> BlockingChannel:
+    return connection.channel()
+
+
+@pytest.fixture
+def queue(channel: BlockingChannel, name: Callable[..., str]) -> str:
+    """A durable queue that other connections can use as well."""
+    queue = name("queue")
+    channel.queue_declare(queue, durable=True)
+    return queue
+
+
+@pytest.fixture
+def dial(amqp_url: str, name: Any) -> Iterator[Callable[[], RawClient]]:
+    """Opens sockets on which nothing was said yet."""
+    opened: list[RawClient] = []
+
+    def open_socket() -> RawClient:
+        opened.append(RawClient(amqp_url))
+        return opened[-1]
+
+    yield open_socket
+    for client in opened:
+        client.disconnect()
+
+
+@pytest.fixture
+def raw(dial: Callable[[], RawClient]) -> Callable[..., RawClient]:
+    """Opens raw connections that are logged in and have the given channels open."""
+
+    def open_client(*channels: int, **handshake: Any) -> RawClient:
+        client = dial().handshake(**handshake)
+        for channel in channels:
+            client.open_channel(channel)
+        return client
+
+    return open_client
+
+
+@pytest.fixture
+def client(raw: Callable[..., RawClient]) -> RawClient:
+    """A raw connection with channel 1 open."""
+    return raw(1)

@@ -1,0 +1,247 @@
+"""What the tests share: expected errors, polling, and short forms of common steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pika
+import pika.exceptions
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel, BlockingConnection
+
+from raw import CODE_NAMES, METHODS, Method, RawClient
+
+EXCLUSIVE_TO_OTHER = (
+    "cannot obtain exclusive access to locked queue '{queue}' in vhost '/'. It could be originally"
+    " declared on another connection or the exclusive property value does not match that of the"
+    " original declaration."
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Which broker answers, so that documented differences between versions can be told apart."""
+
+    product: str
+    version: tuple[int, ...]
+
+    @property
+    def is_rabbitmq(self) -> bool:
+        return self.product == "RabbitMQ"
+
+    @property
+    def is_3x(self) -> bool:
+        return self.is_rabbitmq and self.version < (4,)
+
+    @property
+    def minimum_frame_max(self) -> int:
+        return 4096 if self.is_3x else 8192
+
+    @property
+    def max_message_size(self) -> int:
+        return 16 << 20 if self.is_rabbitmq and not self.is_3x else 128 << 20
+
+
+def reply_text(code: int, explanation: str) -> str:
+    """The text of a close as sent: named by its code and at most 255 characters long."""
+    text = f"{CODE_NAMES[code]} - {explanation}" if explanation else CODE_NAMES[code]
+    return text if len(text) <= 255 else text[:252] + "..."
+
+
+# ---- Errors seen through pika
+
+
+@contextmanager
+def channel_error(code: int, explanation: str) -> Iterator[None]:
+    """The body must end with the broker closing the channel, with exactly this code and text."""
+    with pytest.raises(pika.exceptions.ChannelClosedByBroker) as caught:
+        yield
+    assert (caught.value.reply_code, caught.value.reply_text) == (
+        code,
+        reply_text(code, explanation),
+    )
+
+
+@contextmanager
+def connection_error(code: int, explanation: str) -> Iterator[None]:
+    """The body must end with the broker closing the connection, with exactly this code and text."""
+    with pytest.raises(pika.exceptions.ConnectionClosedByBroker) as caught:
+        yield
+    assert (caught.value.reply_code, caught.value.reply_text) == (
+        code,
+        reply_text(code, explanation),
+    )
+
+
+# ---- Errors seen through the raw client
+
+
+def assert_close(
+    received: Method, scope: str, channel: int, code: int, explanation: str, failed: str | None
+) -> None:
+    """`failed` is the method the close blames, None for a close that blames none."""
+    class_id, method_id = METHODS[failed][:2] if failed else (0, 0)
+    assert (received.name, received.channel) == (f"{scope}.close", channel)
+    assert received.args == {
+        "reply_code": code,
+        "reply_text": reply_text(code, explanation),
+        "class_id": class_id,
+        "method_id": method_id,
+    }
+
+
+def expect_channel_close(
+    client: RawClient, code: int, explanation: str, failed: str, channel: int = 1
+) -> None:
+    """The broker closes this channel only: once answered, its number can be opened again."""
+    assert_close(client.read(), "channel", channel, code, explanation, failed)
+    client.send_method(channel, "channel.close-ok")
+    client.open_channel(channel)
+    client.do(channel, "basic.qos")
+
+
+def expect_connection_close(
+    client: RawClient, code: int, explanation: str, failed: str | None = None
+) -> None:
+    """The broker closes the connection on channel 0 and hangs up once that is answered."""
+    assert_close(client.read(), "connection", 0, code, explanation, failed)
+    client.send_method(0, "connection.close-ok")
+    assert client.read_until_closed() == b""
+
+
+# ---- Waiting
+
+
+def eventually(check: Callable[[], Any], within: float = 5.0) -> Any:
+    """Polls until `check` returns something true, and returns that."""
+    deadline = time.monotonic() + within
+    while True:
+        result = check()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"still {result!r} after {within} s"
+        time.sleep(0.02)
+
+
+# ---- Steps through pika
+
+
+class Deliveries(list):
+    """What a consumer got: a list of Delivery, filled by `wait_for`."""
+
+    def __init__(self, connection: BlockingConnection):
+        super().__init__()
+        self.connection = connection
+
+    def __call__(self, _channel: Any, deliver: Any, properties: Any, body: bytes) -> None:
+        self.append(Delivery(deliver, properties, body))
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [delivery.body for delivery in self]
+
+    def wait_for(self, count: int, within: float = 5.0) -> Deliveries:
+        deadline = time.monotonic() + within
+        while len(self) < count:
+            assert time.monotonic() < deadline, f"only {len(self)} of {count}: {self.bodies}"
+            self.connection.process_data_events(0.05)
+        return self
+
+    def stay_at(self, count: int, during: float = 0.3) -> Deliveries:
+        """No more than `count` deliveries come."""
+        deadline = time.monotonic() + during
+        while time.monotonic() < deadline:
+            self.connection.process_data_events(0.05)
+        assert len(self) == count, self.bodies
+        return self
+
+
+@dataclass
+class Delivery:
+    method: Any
+    properties: pika.BasicProperties
+    body: bytes
+
+    @property
+    def tag(self) -> int:
+        return self.method.delivery_tag
+
+    @property
+    def redelivered(self) -> bool:
+        return self.method.redelivered
+
+
+def consume(
+    connection: BlockingConnection, channel: BlockingChannel, queue: str, **options: Any
+) -> Deliveries:
+    """Starts a consumer; its tag is in the attribute `consumer_tag`."""
+    deliveries = Deliveries(connection)
+    deliveries.consumer_tag = channel.basic_consume(queue, deliveries, **options)
+    return deliveries
+
+
+def publish(channel: BlockingChannel, queue: str, *bodies: bytes | str, **properties: Any) -> None:
+    """Publishes to a queue through the default exchange."""
+    for body in bodies:
+        channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
+
+
+def get(channel: BlockingChannel, queue: str, auto_ack: bool = False) -> Delivery | None:
+    method, properties, body = channel.basic_get(queue, auto_ack=auto_ack)
+    return None if method is None else Delivery(method, properties, body)
+
+
+def get_one(channel: BlockingChannel, queue: str, auto_ack: bool = False) -> Delivery:
+    """Gets a message that must arrive, though perhaps not at once."""
+    return eventually(lambda: get(channel, queue, auto_ack))
+
+
+def drain(channel: BlockingChannel, queue: str) -> list[bytes]:
+    """Takes and settles all ready messages."""
+    bodies = []
+    while (message := get(channel, queue, auto_ack=True)) is not None:
+        bodies.append(message.body)
+    return bodies
+
+
+def counts(channel: BlockingChannel, queue: str) -> tuple[int, int]:
+    """Ready messages and consumers, as a passive declare tells."""
+    declared = channel.queue_declare(queue, passive=True).method
+    return declared.message_count, declared.consumer_count
+
+
+def queue_exists(connection: BlockingConnection, queue: str) -> bool:
+    return _exists(connection, lambda channel: channel.queue_declare(queue, passive=True))
+
+
+def exchange_exists(connection: BlockingConnection, exchange: str) -> bool:
+    return _exists(connection, lambda channel: channel.exchange_declare(exchange, passive=True))
+
+
+def _exists(connection: BlockingConnection, declare: Callable[[BlockingChannel], Any]) -> bool:
+    channel = connection.channel()
+    try:
+        declare(channel)
+    except pika.exceptions.ChannelClosedByBroker as error:
+        if error.reply_code == 404:
+            return False
+        raise
+    channel.close()
+    return True
+
+
+# ---- Steps through the raw client
+
+
+def get_eventually(client: RawClient, channel: int, queue: str, no_ack: bool = True) -> Method:
+    """Gets a message published on another channel, where nothing orders the two."""
+
+    def got() -> Method | None:
+        answer = client.get(channel, queue, no_ack)
+        return answer if answer.name == "basic.get-ok" else None
+
+    return eventually(got)

@@ -1,0 +1,83 @@
+//! Where deliveries leave the broker. A connection implements these traits over its outbox; the broker sees no frames.
+
+use std::sync::Arc;
+
+use super::message::Message;
+
+/// A consumer's place on its connection: the channel, and the slot the session keeps for it there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    pub channel: u16,
+    pub slot: u32,
+}
+
+/// A message handed to a [`DeliveryWriter`].
+#[derive(Clone, Copy, Debug)]
+pub struct Delivery<'a> {
+    pub to: Address,
+    /// The position in its queue's log; comes back with the settlement.
+    pub seq: u64,
+    pub redelivered: bool,
+    pub message: Message<'a>,
+}
+
+/// What a writer did with a delivery.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    Taken,
+    /// The outbox is full, the channel's prefetch is used up or the channel's flow is off. The consumer gets nothing
+    /// until the connection calls [`Queue::unblock`](super::queue::Queue::unblock).
+    Blocked,
+    /// The channel or the consumer is gone; its cancellation is on the way.
+    Gone,
+}
+
+/// The inside of a locked outbox.
+pub trait DeliveryWriter {
+    /// Writes `basic.deliver` and its content, and remembers it as unacked unless the slot is no-ack.
+    fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer;
+
+    /// Writes `basic.get-ok` with `remaining` ready messages; never blocked.
+    fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer;
+}
+
+/// A connection as queues see it. Lock order: queue, then port, then leaf locks.
+pub trait Port: Send + Sync {
+    /// Runs `write` with the outbox locked. Answers whether the connection's writer has to be woken afterwards, by the
+    /// caller, with [`Port::wake`], once no lock is held.
+    fn with_writer(&self, write: &mut dyn FnMut(&mut dyn DeliveryWriter)) -> bool;
+
+    /// Wakes the connection's writer.
+    fn wake(&self);
+
+    /// Tells the client that its consumer is gone (`basic.cancel`), if it wants to be told. No queue is locked.
+    fn consumer_cancelled(&self, to: Address);
+}
+
+/// What a queue wants done once it is unlocked. Reused: [`Effects::is_empty`] between uses.
+#[derive(Default)]
+pub struct Effects {
+    /// Ports whose writers have something to write.
+    pub wakes: Vec<Arc<dyn Port>>,
+    /// Queues to be deleted because their last consumer has left.
+    pub unused: Vec<Arc<super::queue::Queue>>,
+    /// Queues that gave up the lock with deliveries still possible.
+    pub again: Vec<Arc<super::queue::Queue>>,
+}
+
+impl Effects {
+    /// Whether nothing is left to do.
+    pub fn is_empty(&self) -> bool {
+        self.wakes.is_empty() && self.unused.is_empty() && self.again.is_empty()
+    }
+
+    /// Carries out what needs no broker: continues cut deliveries and wakes writers.
+    pub fn deliver_and_wake(&mut self) {
+        while let Some(queue) = self.again.pop() {
+            queue.deliver(self);
+        }
+        for port in self.wakes.drain(..) {
+            port.wake();
+        }
+    }
+}

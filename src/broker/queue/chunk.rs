@@ -1,0 +1,243 @@
+//! A stretch of a queue's log in memory: records end to end in one buffer, with an offset a position.
+
+use std::{cell::RefCell, mem, sync::Arc};
+
+use bytes::Bytes;
+
+use super::record;
+use crate::broker::{memory::MemoryBudget, message::Message};
+
+/// Bytes of records a chunk takes before the next one is begun.
+pub const CHUNK_BYTES: usize = 128 << 10;
+/// Positions a chunk covers at most.
+const CHUNK_RECORDS: usize = 16 << 10;
+/// Bytes of buffer an empty queue may keep.
+const IDLE_BYTES: usize = 2 << 10;
+/// Buffers a thread keeps for the next chunk.
+const POOLED_BUFFERS: usize = 4;
+
+/// The offset of a position without a record.
+const ABSENT: u32 = u32::MAX;
+
+#[derive(Default)]
+struct Buffers {
+    data: Vec<u8>,
+    offsets: Vec<u32>,
+}
+
+thread_local! {
+    static POOL: RefCell<Vec<Buffers>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Records of the positions `[first, end)`. Immutable but for appends at the end and the count of live records.
+pub struct Chunk {
+    first: u64,
+    buffers: Buffers,
+    shared: Vec<(u32, Bytes)>,
+    shared_bytes: usize,
+    accounted_bytes: usize,
+    budget: Arc<MemoryBudget>,
+    /// Records present and not consumed.
+    pub live: u32,
+    /// Live records that are not durable: they have to be paged out before the chunk can be let go.
+    pub transient: u32,
+    /// The transient records are in the store's pages.
+    pub paged: bool,
+}
+
+impl Chunk {
+    /// An empty chunk that begins at `first` and expects about `expected_bytes` of records.
+    pub fn new(first: u64, expected_bytes: usize, budget: Arc<MemoryBudget>) -> Self {
+        let mut buffers = Buffers::default();
+        if expected_bytes > 4 << 10 {
+            buffers = POOL.with(|pool| pool.borrow_mut().pop()).unwrap_or_default();
+            buffers.data.reserve(expected_bytes.min(CHUNK_BYTES));
+        }
+        let mut chunk = Chunk {
+            first,
+            buffers,
+            shared: Vec::new(),
+            shared_bytes: 0,
+            accounted_bytes: 0,
+            budget,
+            live: 0,
+            transient: 0,
+            paged: false,
+        };
+        chunk.account();
+        chunk
+    }
+
+    /// Tells the budget what the chunk's buffers have grown to.
+    #[inline]
+    fn account(&mut self) {
+        let now = self.buffers.data.capacity() + self.buffers.offsets.capacity() * 4 + self.shared_bytes;
+        if now != self.accounted_bytes {
+            self.budget.grow(now);
+            self.budget.shrink(mem::replace(&mut self.accounted_bytes, now));
+        }
+    }
+
+    /// The first position.
+    #[inline]
+    pub fn first(&self) -> u64 {
+        self.first
+    }
+
+    /// The position after the last.
+    #[inline]
+    pub fn end(&self) -> u64 {
+        self.first + self.buffers.offsets.len() as u64
+    }
+
+    /// Bytes in memory.
+    pub fn resident_bytes(&self) -> usize {
+        self.accounted_bytes
+    }
+
+    /// Whether the next record belongs into a new chunk.
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.buffers.data.len() + self.shared_bytes >= CHUNK_BYTES || self.buffers.offsets.len() >= CHUNK_RECORDS
+    }
+
+    /// Appends at [`Chunk::end`].
+    #[inline]
+    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64) {
+        let at = self.buffers.data.len() as u32;
+        if let crate::broker::message::Body::Shared(body) = message.body {
+            self.shared.push((self.buffers.offsets.len() as u32, body.clone()));
+            self.shared_bytes += body.len();
+        }
+        record::encode(&mut self.buffers.data, message, now_unix_ms);
+        self.buffers.offsets.push(at);
+        self.live += 1;
+        if !message.persistent {
+            self.transient += 1;
+            self.paged = false;
+        }
+        self.account();
+    }
+
+    /// Appends a record read back from the store at `seq`, which is not before [`Chunk::end`]; positions skipped are
+    /// absent. Damaged records are skipped as well.
+    pub fn append_record(&mut self, seq: u64, bytes: &[u8]) {
+        if record::decode(bytes, None).is_none() {
+            return;
+        }
+        self.cover(seq);
+        let at = self.buffers.data.len() as u32;
+        if let Some((kept, body)) = record::share_body(bytes) {
+            self.shared_bytes += body.len();
+            self.shared.push((self.buffers.offsets.len() as u32, body));
+            self.buffers.data.extend_from_slice(&kept);
+        } else {
+            self.buffers.data.extend_from_slice(bytes);
+        }
+        self.buffers.offsets.push(at);
+        self.live += 1;
+        self.transient += u32::from(record::head(bytes).is_some_and(|head| !head.persistent));
+        self.account();
+    }
+
+    /// Extends the chunk to `end` with absent positions.
+    pub fn cover(&mut self, end: u64) {
+        let len = end.saturating_sub(self.first) as usize;
+        if len > self.buffers.offsets.len() {
+            self.buffers.offsets.resize(len, ABSENT);
+            self.account();
+        }
+    }
+
+    #[inline]
+    fn bounds(&self, seq: u64) -> Option<(usize, usize)> {
+        let index = usize::try_from(seq.checked_sub(self.first)?).ok()?;
+        let start = *self.buffers.offsets.get(index)?;
+        if start == ABSENT {
+            return None;
+        }
+        let rest = &self.buffers.offsets[index + 1..];
+        let end = match rest.first() {
+            Some(&end) if end != ABSENT => end as usize,
+            Some(_) => rest.iter().find(|&&end| end != ABSENT).map_or(self.buffers.data.len(), |&end| end as usize),
+            None => self.buffers.data.len(),
+        };
+        Some((start as usize, end))
+    }
+
+    /// The record at `seq`; `None` where there is none.
+    #[inline]
+    pub fn record(&self, seq: u64) -> Option<(&[u8], Option<&Bytes>)> {
+        let (start, end) = self.bounds(seq)?;
+        let bytes = self.buffers.data.get(start..end)?;
+        if self.shared.is_empty() {
+            return Some((bytes, None));
+        }
+        let index = (seq - self.first) as u32;
+        let shared = self.shared.binary_search_by_key(&index, |(at, _)| *at).ok().map(|at| &self.shared[at].1);
+        Some((bytes, shared))
+    }
+
+    /// The message at `seq`.
+    #[inline]
+    pub fn message(&self, seq: u64) -> Option<Message<'_>> {
+        let (bytes, shared) = self.record(seq)?;
+        record::decode(bytes, shared)
+    }
+
+    /// Notes that the record at `seq` is consumed; a large body is let go at once. Answers whether there was one.
+    #[inline]
+    pub fn forget(&mut self, seq: u64) -> bool {
+        let Some((start, _)) = self.bounds(seq) else { return false };
+        self.live = self.live.saturating_sub(1);
+        if record::head(&self.buffers.data[start..]).is_some_and(|head| !head.persistent) {
+            self.transient = self.transient.saturating_sub(1);
+        }
+        if !self.shared.is_empty() {
+            let index = (seq - self.first) as u32;
+            if let Ok(at) = self.shared.binary_search_by_key(&index, |(at, _)| *at) {
+                let body = mem::take(&mut self.shared[at].1);
+                self.shared_bytes -= body.len();
+                self.account();
+                if self.shared.iter().all(|(_, body)| body.is_empty()) {
+                    // Every record left in `shared` is consumed, so none of them is decoded again.
+                    self.shared.clear();
+                }
+            }
+        }
+        true
+    }
+
+    /// Makes a chunk without live records start over at `first`, if its buffers are small enough to be kept by a queue
+    /// that may stay idle. Answers whether it did.
+    #[inline]
+    pub fn restart(&mut self, first: u64) -> bool {
+        if self.buffers.data.capacity() > IDLE_BYTES || !self.shared.is_empty() {
+            return false;
+        }
+        self.first = first;
+        self.buffers.data.clear();
+        self.buffers.offsets.clear();
+        (self.live, self.transient, self.paged) = (0, 0, false);
+        true
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        self.budget.shrink(self.accounted_bytes);
+        if self.buffers.data.capacity() < 16 << 10 || self.buffers.data.capacity() > 2 * CHUNK_BYTES {
+            return;
+        }
+        let mut buffers = mem::take(&mut self.buffers);
+        buffers.data.clear();
+        buffers.offsets.clear();
+        // A thread that is ending has no pool any more; the buffers are then simply freed.
+        let _ = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            if pool.len() < POOLED_BUFFERS {
+                pool.push(buffers);
+            }
+        });
+    }
+}

@@ -1,0 +1,350 @@
+//! The log of a queue: appended records, a delivery cursor, and what of it is consumed.
+//!
+//! # Invariants
+//! - L1: `head <= next <= tail`. Everything before `head` is consumed, nothing from `next` on was handed out.
+//! - L2: a position of `[head, next)` is in `consumed`, in `returned`, or unacked.
+//! - L3: chunks are in order and do not overlap; positions between them are only in the store.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use super::{chunk::Chunk, ranges::RangeSet, record};
+use crate::broker::{memory::MemoryBudget, message::Message};
+
+/// What stands at the cursor.
+pub enum Peek<'a> {
+    /// Nothing is ready.
+    Empty,
+    /// The next ready record is not in memory.
+    Absent(u64),
+    Ready {
+        seq: u64,
+        /// It was handed out before.
+        redelivered: bool,
+        message: Message<'a>,
+    },
+}
+
+/// See the module.
+pub struct QueueLog {
+    chunks: VecDeque<Chunk>,
+    head: u64,
+    next: u64,
+    tail: u64,
+    consumed: RangeSet,
+    returned: RangeSet,
+    /// Some unconsumed positions may be in the store only.
+    has_gaps: bool,
+    budget: Arc<MemoryBudget>,
+}
+
+impl QueueLog {
+    /// An empty log.
+    pub fn new(budget: Arc<MemoryBudget>) -> Self {
+        Self::recovered(budget, 0, 0, 0, &[])
+    }
+
+    /// A log as the store has it: nothing is in memory, and what was handed out and not consumed is ready again.
+    pub fn recovered(budget: Arc<MemoryBudget>, head: u64, delivered: u64, tail: u64, consumed_ranges: &[(u64, u64)]) -> Self {
+        let next = delivered.clamp(head, tail.max(head));
+        let mut log = QueueLog {
+            chunks: VecDeque::new(),
+            head,
+            next,
+            tail: tail.max(head),
+            consumed: RangeSet::default(),
+            returned: RangeSet::default(),
+            has_gaps: tail > head,
+            budget,
+        };
+        let mut at = head;
+        for &(start, end) in consumed_ranges {
+            let (start, end) = (start.clamp(head, log.tail), end.clamp(head, log.tail));
+            // A position consumed beyond the recorded cursor: the cursor had passed it.
+            log.next = log.next.max(end);
+            log.consumed.insert_range(start, end);
+            if at < start {
+                log.returned.insert_range(at, start);
+            }
+            at = at.max(end);
+        }
+        log.returned.insert_range(at, log.next);
+        log.advance_head();
+        log
+    }
+
+    pub fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// The position the next record gets.
+    #[inline]
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
+    /// The first position never handed out.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    pub fn consumed(&self) -> &RangeSet {
+        &self.consumed
+    }
+
+    /// Whether `seq` was consumed.
+    pub fn is_consumed(&self, seq: u64) -> bool {
+        seq < self.head || self.consumed.contains(seq)
+    }
+
+    /// Bytes in memory.
+    pub fn resident_bytes(&self) -> usize {
+        self.chunks.iter().map(Chunk::resident_bytes).sum()
+    }
+
+    /// Appends a message; `expected_bytes` is what the caller is about to append in one go.
+    #[inline]
+    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) -> u64 {
+        let seq = self.tail;
+        match self.chunks.back_mut() {
+            Some(chunk) if chunk.end() == seq && !chunk.is_full() => chunk.append(message, now_unix_ms),
+            _ => {
+                let mut chunk = Chunk::new(seq, expected_bytes, self.budget.clone());
+                chunk.append(message, now_unix_ms);
+                self.chunks.push_back(chunk);
+            }
+        }
+        self.tail += 1;
+        seq
+    }
+
+    #[inline]
+    fn chunk_index(&self, seq: u64) -> Option<usize> {
+        let front = self.chunks.front()?;
+        let index = if seq < front.end() { 0 } else { self.chunks.partition_point(|chunk| chunk.end() <= seq) };
+        self.chunks.get(index).filter(|chunk| chunk.first() <= seq).map(|_| index)
+    }
+
+    /// What would be handed out next. Positions whose record is gone (a transient one lost with a restart, a damaged one) are
+    /// consumed in passing; `lost` counts them.
+    #[inline]
+    pub fn peek(&mut self, lost: &mut u64) -> Peek<'_> {
+        loop {
+            let (seq, redelivered) = match self.returned.first() {
+                Some(seq) => (seq, true),
+                None if self.next < self.tail => (self.next, false),
+                None => return Peek::Empty,
+            };
+            let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
+            if self.chunks[index].record(seq).is_some() {
+                // Looked up again: the borrow of a value returned from inside a loop would outlive the loop.
+                return match self.chunks[index].message(seq) {
+                    Some(message) => Peek::Ready { seq, redelivered, message },
+                    None => Peek::Absent(seq),
+                };
+            }
+            self.take(seq, redelivered);
+            self.consume(seq);
+            *lost += 1;
+        }
+    }
+
+    /// Moves the cursor past `seq`, which [`QueueLog::peek`] has just answered.
+    #[inline]
+    pub fn take(&mut self, seq: u64, redelivered: bool) {
+        if redelivered {
+            self.returned.remove(seq);
+        } else {
+            debug_assert_eq!(seq, self.next);
+            self.next = seq + 1;
+        }
+    }
+
+    /// Makes a handed-out position ready again, in its old place.
+    #[inline]
+    pub fn give_back(&mut self, seq: u64) {
+        debug_assert!(seq >= self.head && seq < self.next && !self.consumed.contains(seq));
+        self.returned.insert(seq);
+    }
+
+    /// Ends a handed-out position.
+    #[inline]
+    pub fn consume(&mut self, seq: u64) {
+        if let Some(index) = self.chunk_index(seq) {
+            let last = index + 1 == self.chunks.len();
+            let chunk = &mut self.chunks[index];
+            let was_there = chunk.forget(seq);
+            // A chunk of absent positions only stays until the cursor has passed it.
+            if chunk.live == 0 && (was_there || seq + 1 == chunk.end()) {
+                let kept = last && chunk.end() == self.tail && chunk.restart(self.tail);
+                if !kept {
+                    self.chunks.remove(index);
+                }
+            }
+        }
+        if seq == self.head {
+            self.head += 1;
+            self.advance_head();
+        } else {
+            self.consumed.insert(seq);
+        }
+    }
+
+    #[inline]
+    fn advance_head(&mut self) {
+        if !self.consumed.is_empty() {
+            if let Some(end) = self.consumed.take_range_at(self.head) {
+                self.head = end;
+            }
+        }
+    }
+
+    /// Whether a record is ready (or believed to be, before it was looked at).
+    #[inline]
+    pub fn has_ready(&self) -> bool {
+        self.next < self.tail || !self.returned.is_empty()
+    }
+
+    /// Consumes everything ready. Answers the ranges, for the store.
+    pub fn purge(&mut self) -> Vec<(u64, u64)> {
+        let mut gone: Vec<(u64, u64)> = self.returned.within(0, u64::MAX).collect();
+        self.returned.clear();
+        if self.next < self.tail {
+            gone.push((self.next, self.tail));
+            self.next = self.tail;
+        }
+        for &(start, end) in &gone {
+            for chunk in &mut self.chunks {
+                for seq in start.max(chunk.first())..end.min(chunk.end()) {
+                    chunk.forget(seq);
+                }
+            }
+            self.consumed.insert_range(start, end);
+        }
+        self.chunks.retain(|chunk| chunk.live > 0);
+        self.advance_head();
+        gone
+    }
+
+    /// The record at `seq`, if it is in memory, with whether it is durable.
+    pub fn record(&self, seq: u64) -> Option<(&[u8], Option<&bytes::Bytes>)> {
+        self.chunks[self.chunk_index(seq)?].record(seq)
+    }
+
+    /// Calls `each` for every durable, unconsumed record in memory of `[from, tail)`, whole, in order.
+    pub fn for_each_durable(&self, from: u64, scratch: &mut Vec<u8>, each: &mut dyn FnMut(u64, &[u8])) {
+        let start = self.chunks.partition_point(|chunk| chunk.end() <= from);
+        for chunk in self.chunks.range(start..) {
+            self.each_live(chunk, from, scratch, true, each);
+        }
+    }
+
+    fn each_live(&self, chunk: &Chunk, from: u64, scratch: &mut Vec<u8>, persistent: bool, each: &mut dyn FnMut(u64, &[u8])) {
+        let mut at = from.max(chunk.first()).max(self.head);
+        while at < chunk.end() {
+            if !self.consumed.is_empty() {
+                if let Some((_, end)) = self.consumed.range_of(at) {
+                    at = end;
+                    continue;
+                }
+            }
+            if let Some((bytes, shared)) = chunk.record(at) {
+                if record::head(bytes).is_some_and(|head| head.persistent == persistent) {
+                    match shared {
+                        Some(body) => {
+                            record::whole(bytes, body, scratch);
+                            each(at, scratch);
+                        }
+                        None => each(at, bytes),
+                    }
+                }
+            }
+            at += 1;
+        }
+    }
+
+    /// The chunks that may leave memory: neither the last one, nor the two the cursor needs first.
+    fn evictable(&self, committed_to: u64) -> std::ops::Range<usize> {
+        let cursor = self.returned.first().unwrap_or(self.next);
+        let first = self.chunks.partition_point(|chunk| chunk.end() <= cursor);
+        let near = if self.returned.is_empty() { first + 2 } else { first + 1 };
+        let until = self.chunks.partition_point(|chunk| chunk.end() <= committed_to);
+        near..until.min(self.chunks.len().saturating_sub(1)).max(near)
+    }
+
+    /// Hands the transient records of evictable chunks to `each`, so that [`QueueLog::evict`] may drop the chunks.
+    pub fn page_out(&mut self, committed_to: u64, limit_bytes: usize, scratch: &mut Vec<u8>, each: &mut dyn FnMut(u64, &[u8])) {
+        let mut bytes = 0;
+        for index in self.evictable(committed_to).rev() {
+            let chunk = &self.chunks[index];
+            if chunk.transient > 0 && !chunk.paged {
+                self.each_live(chunk, chunk.first(), scratch, false, each);
+                bytes += chunk.resident_bytes();
+                self.chunks[index].paged = true;
+                if bytes >= limit_bytes {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Drops evictable chunks, those needed last first, until the budget holds. Answers whether any was dropped.
+    pub fn evict(&mut self, committed_to: u64) -> bool {
+        let mut dropped = false;
+        for index in self.evictable(committed_to).rev() {
+            if !self.budget.is_over() {
+                break;
+            }
+            if self.chunks[index].transient == 0 || self.chunks[index].paged {
+                self.chunks.remove(index);
+                self.has_gaps = true;
+                dropped = true;
+            }
+        }
+        dropped
+    }
+
+    /// The first resident position after `seq`, which is absent: where a read from the store has to stop.
+    pub fn resident_after(&self, seq: u64) -> u64 {
+        let index = self.chunks.partition_point(|chunk| chunk.end() <= seq);
+        self.chunks.get(index).map_or(self.tail, |chunk| chunk.first().max(seq))
+    }
+
+    /// The position to read ahead from: the end of the chunk the cursor is in, when what follows is not in memory.
+    #[inline]
+    pub fn read_ahead(&self) -> Option<u64> {
+        if !self.has_gaps || !self.returned.is_empty() || self.next >= self.tail {
+            return None;
+        }
+        let end = self.chunks[self.chunk_index(self.next)?].end();
+        (end < self.tail && !self.is_resident(end)).then_some(end)
+    }
+
+    /// Whether `seq` is in a chunk.
+    pub fn is_resident(&self, seq: u64) -> bool {
+        self.chunk_index(seq).is_some()
+    }
+
+    /// Puts a chunk read from the store into its place; dropped when it would overlap.
+    pub fn install(&mut self, mut chunk: Chunk) {
+        let index = self.chunks.partition_point(|resident| resident.end() <= chunk.first());
+        if self.chunks.get(index).is_some_and(|resident| resident.first() < chunk.end()) || chunk.end() > self.tail {
+            return;
+        }
+        for (start, end) in [(chunk.first(), self.head.min(chunk.end()))]
+            .into_iter()
+            .chain(self.consumed.within(chunk.first().max(self.head), chunk.end()).collect::<Vec<_>>())
+        {
+            for seq in start..end {
+                chunk.forget(seq);
+            }
+        }
+        chunk.paged = true;
+        self.chunks.insert(index, chunk);
+    }
+
+    /// Publishing time of the oldest ready record in memory at the cursor, in Unix milliseconds.
+    pub fn oldest_ready_unix_ms(&self) -> Option<u64> {
+        let seq = self.returned.first().or((self.next < self.tail).then_some(self.next))?;
+        record::head(self.record(seq)?.0).map(|head| head.published_unix_ms)
+    }
+}

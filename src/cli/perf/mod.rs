@@ -1,0 +1,60 @@
+//! `leveret perf`: a load generator for any AMQP 0-9-1 broker.
+//!
+//! It publishes and consumes as fast as the broker lets it (or at a fixed rate), and reports rates, end-to-end
+//! and confirm latencies, losses, and what the run cost the broker's process. It must never be the bottleneck:
+//! plain blocking threads, one per connection; a message's frames encoded once and written many at a time;
+//! deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
+//!
+//! # Map
+//! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares the
+//! queues, each [`publisher`] and [`consumer`] runs on a [`connection`] of its own and counts on a [`meter`],
+//! [`report`] adds up. Below: [`wire`] (frames), [`message_block`] (many copies of a message),
+//! [`confirms`] (what is unconfirmed), [`process`] (the broker's accounts), [`posix`] (system calls).
+//!
+//! # Measuring
+//! Bodies of 8 bytes or more begin with the sender's `CLOCK_MONOTONIC` in nanoseconds, so latency is
+//! end to end on one machine. A paced message carries the time it was due, so a stall shows in every message
+//! it delayed. Unpaced, only the first message of each read is measured, which is the one that waited longest.
+
+mod confirms;
+mod connection;
+mod consumer;
+mod error;
+mod load;
+mod message_block;
+mod meter;
+mod options;
+mod posix;
+mod process;
+mod progress;
+mod publisher;
+mod report;
+mod topology;
+mod uri;
+mod wire;
+
+use std::io::{self, Write};
+
+pub use error::PerfError;
+pub use options::PerfArgs;
+
+/// Runs the load that `args` describe, and prints its report to standard output.
+///
+/// # Errors
+/// Whatever kept the run from starting or cut it short. In the second case the report is printed all the same.
+pub fn run(args: PerfArgs) -> Result<(), PerfError> {
+    let plan = args.into_plan()?;
+    posix::catch_interrupt();
+    let (report, error) = load::execute(&plan)?;
+    let text = if plan.json {
+        serde_json::to_string(&report)
+            .map_err(|error| PerfError::Local { what: "cannot write the report as JSON", source: error.into() })?
+            + "\n"
+    } else {
+        report.to_string()
+    };
+    io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|source| PerfError::Local { what: "cannot print the report", source })?;
+    error.map_or(Ok(()), Err)
+}

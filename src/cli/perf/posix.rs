@@ -1,0 +1,81 @@
+//! The few system calls that the standard library does not offer, each behind a safe function.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const NANOS_PER_SECOND: u64 = 1_000_000_000;
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, the same for every process of the machine.
+pub(super) fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is valid for writing; the clock always exists on the systems we build for.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec.unsigned_abs() * NANOS_PER_SECOND + now.tv_nsec.unsigned_abs()
+}
+
+/// Waits until `socket` can be read (or is closed), for at most `timeout`; says whether it can.
+///
+/// An interrupting signal counts as "not yet".
+pub(super) fn wait_readable(socket: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let timeout = libc::timespec {
+        tv_sec: libc::time_t::try_from(timeout.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    // SAFETY: one valid entry, a valid timeout, no signal mask.
+    let ready = unsafe { libc::ppoll(&mut entry, 1, &timeout, std::ptr::null()) };
+    if ready >= 0 {
+        return Ok(ready > 0);
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+        error => Err(error),
+    }
+}
+
+/// Lets timers of the calling thread fire on time instead of up to 50 µs late.
+pub(super) fn use_precise_timers() {
+    // SAFETY: plain integers; a refusal only leaves the default slack.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong, 0, 0, 0) };
+}
+
+/// CPU time that this process has used so far, user and system together.
+pub(super) fn own_cpu() -> Duration {
+    // SAFETY: an all-zero `rusage` is a valid value, and it is valid for writing.
+    let usage = unsafe {
+        let mut usage: libc::rusage = std::mem::zeroed();
+        libc::getrusage(libc::RUSAGE_SELF, &mut usage);
+        usage
+    };
+    [usage.ru_utime, usage.ru_stime]
+        .map(|time| Duration::new(time.tv_sec.unsigned_abs(), 0) + Duration::from_micros(time.tv_usec.unsigned_abs()))
+        .iter()
+        .sum()
+}
+
+/// Clock ticks per second, the unit of `/proc/PID/stat`.
+pub(super) fn clock_ticks_per_second() -> u64 {
+    // SAFETY: no pointers.
+    u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).unwrap_or(100).max(1)
+}
+
+/// Turns the first Ctrl-C into [`was_interrupted`]; the second one ends the process as usual.
+pub(super) fn catch_interrupt() {
+    extern "C" fn on_interrupt(_signal: libc::c_int) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+        // SAFETY: `signal` may be called from a handler.
+        unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+    }
+    let handler: extern "C" fn(libc::c_int) = on_interrupt;
+    // SAFETY: the handler only stores to an atomic and resets the signal.
+    unsafe { libc::signal(libc::SIGINT, handler as libc::sighandler_t) };
+}
+
+/// Whether Ctrl-C was pressed since [`catch_interrupt`].
+pub(super) fn was_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}

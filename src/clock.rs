@@ -1,0 +1,58 @@
+//! The wall clock that messages are stamped with.
+
+/// Milliseconds since 1970, as of the kernel's last tick.
+///
+/// # Cost
+/// A few nanoseconds and never a system call on Linux, at the price of being up to one tick (1 to 10 ms) behind.
+/// Good for time stamps and expiry; measure elapsed time with [`Instant`](std::time::Instant).
+#[must_use]
+pub fn now_unix_ms() -> u64 {
+    coarse_unix_ms().unwrap_or_else(precise_unix_ms)
+}
+
+#[cfg(target_os = "linux")]
+#[allow(
+    unsafe_code,
+    reason = "the standard library does not offer the coarse clock"
+)]
+fn coarse_unix_ms() -> Option<u64> {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is a valid timespec for the whole call, which writes to it and keeps no reference.
+    let status = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut now) };
+    let seconds = u64::try_from(now.tv_sec).ok()?;
+    let nanos = u64::try_from(now.tv_nsec).ok()?;
+    (status == 0).then_some(seconds * 1_000 + nanos / 1_000_000)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn coarse_unix_ms() -> Option<u64> {
+    None
+}
+
+/// A clock before 1970 is taken for 1970.
+fn precise_unix_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cheap_clock_keeps_up_with_the_precise_one() {
+        let before = precise_unix_ms();
+        let now = now_unix_ms();
+        let after = precise_unix_ms();
+        assert!(
+            now + 100 >= before && now <= after,
+            "{before} {now} {after}"
+        );
+    }
+}

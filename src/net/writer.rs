@@ -1,0 +1,45 @@
+//! A connection's writer task: takes what the outbox has gathered and writes it, as much as there is at a time.
+
+use std::{io, sync::Arc};
+
+use tokio::net::tcp::OwnedWriteHalf;
+
+use super::registry::{Command, Handle};
+use crate::session::{WriteBuffer, WriteCursor};
+
+/// Writes until the outbox is closed, or finished and empty.
+pub async fn write_loop(socket: OwnedWriteHalf, handle: Arc<Handle>) {
+    let outbox = handle.outbox.clone();
+    let mut batch = WriteBuffer::default();
+    loop {
+        while outbox.take(&mut batch) {
+            if let Err(error) = write_all(&socket, &batch).await {
+                tracing::debug!(connection = handle.id, %error, "write failed");
+                outbox.close();
+                handle.command(Command::Drop("write failed"));
+                return;
+            }
+            handle.note_sent();
+            outbox.recycle(&mut batch);
+            outbox.refill();
+        }
+        if outbox.is_closed() || outbox.is_finished() {
+            return;
+        }
+        outbox.writable().await;
+    }
+}
+
+async fn write_all(socket: &OwnedWriteHalf, batch: &WriteBuffer) -> io::Result<()> {
+    let mut cursor = WriteCursor::default();
+    loop {
+        match cursor.slices(batch, |slices| socket.try_write_vectored(slices)) {
+            None => return Ok(()),
+            Some(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+            Some(Ok(written)) => cursor.advance(batch, written),
+            Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+            Some(Err(error)) => return Err(error),
+        }
+    }
+}

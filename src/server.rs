@@ -1,0 +1,161 @@
+//! The whole program: store, then broker, then listeners, from a [`Config`]; stopped in reverse.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::task::JoinHandle;
+
+use crate::{
+    auth::Authenticator,
+    broker::Broker,
+    config::{Config, Durability},
+    net::{Listener, Registry, Shared, keep_time, raise_file_limit},
+    session::{CloseReason, ConnectionContext, SessionLimits},
+    store::{CommitHook, Store, StoreError, StoreOptions},
+};
+
+/// How long connections may take to say goodbye when the broker stops.
+const CLOSE_PATIENCE: Duration = Duration::from_millis(2500);
+
+/// Why the broker does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("cannot open the data directory")]
+    Store(#[from] StoreError),
+    #[error("cannot listen on {address}; is another broker running, or is the address not this machine's?")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("cannot wait for signals")]
+    Signals(#[source] io::Error),
+}
+
+/// A running broker.
+pub struct Server {
+    store: Arc<Store>,
+    broker: Arc<Broker>,
+    registry: Arc<Registry>,
+    listeners: Vec<Listener>,
+    timer: JoinHandle<()>,
+}
+
+impl Server {
+    /// Opens the store and starts listening.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn start(config: Config) -> Result<Self, ServerError> {
+        Self::start_with_hook(config, None).await
+    }
+
+    /// [`Server::start`] with a hook in front of every sync, for tests that hold one back or fail it.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub async fn start_with_hook(config: Config, hook: Option<Arc<dyn CommitHook>>) -> Result<Self, ServerError> {
+        raise_file_limit();
+        let (store, recovered) = Store::open(StoreOptions {
+            path: config.data_dir.clone(),
+            block_cache_bytes: config.store.block_cache_bytes,
+            write_buffer_bytes: config.store.write_buffer_bytes,
+            sync: config.store.durability == Durability::Fsync,
+            hook,
+            ..StoreOptions::default()
+        })?;
+        let memory_budget = usize::try_from(config.memory_budget_bytes).unwrap_or(usize::MAX);
+        let broker = Broker::new(store.clone(), recovered, memory_budget);
+        for vhost in &config.vhosts {
+            store.durable(broker.ensure_vhost(vhost)).await?;
+        }
+        let auth = Arc::new(Authenticator::new(config.users.clone(), config.loopback_users.clone()));
+        let limits = Arc::new(SessionLimits {
+            cluster_name: config.cluster_name.clone(),
+            channel_max: config.amqp.channel_max,
+            frame_max: config.amqp.frame_max_bytes,
+            initial_frame_max: config.amqp.initial_frame_max_bytes,
+            heartbeat_secs: config.amqp.heartbeat_secs,
+            max_message_bytes: config.amqp.max_message_size_bytes,
+        });
+        let registry = Arc::new(Registry::default());
+        let shared = Arc::new(Shared {
+            context: ConnectionContext { broker: broker.clone(), auth, limits },
+            registry: registry.clone(),
+            handshake_timeout: config.amqp.handshake_timeout,
+            max_connections: config.max_connections,
+        });
+        let listeners = listen(&config.bind, config.port, &shared)?;
+        let timer = tokio::spawn(keep_time(registry.clone(), broker.clone()));
+        Ok(Server { store, broker, registry, listeners, timer })
+    }
+
+    /// The addresses listened on.
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.listeners.iter().map(|listener| listener.address).collect()
+    }
+
+    pub fn broker(&self) -> &Arc<Broker> {
+        &self.broker
+    }
+
+    /// Stops accepting, closes connections with 320, commits what is dirty and closes the store.
+    ///
+    /// # Errors
+    /// When the last round could not be written.
+    pub async fn stop(self) -> Result<(), ServerError> {
+        self.listeners.iter().for_each(Listener::stop);
+        let reason = CloseReason::new(320, "broker forced connection closure with reason 'shutdown'");
+        for handle in self.registry.handles() {
+            handle.command(reason.clone().into());
+        }
+        if tokio::time::timeout(CLOSE_PATIENCE, self.registry.drained()).await.is_err() {
+            tracing::warn!(connections = self.registry.sockets(), "clients did not answer connection.close in time");
+        }
+        self.timer.abort();
+        let store = self.store.clone();
+        match tokio::task::spawn_blocking(move || store.shutdown()).await {
+            Ok(stopped) => Ok(stopped?),
+            Err(error) => {
+                tracing::error!(%error, "closing the store has failed");
+                Ok(())
+            }
+        }
+    }
+}
+
+fn listen(bind: &[IpAddr], port: u16, shared: &Arc<Shared>) -> Result<Vec<Listener>, ServerError> {
+    bind.iter()
+        .map(|&ip| {
+            let address = SocketAddr::new(ip, port);
+            Listener::start(address, shared.clone()).map_err(|source| ServerError::Listen { address, source })
+        })
+        .collect()
+}
+
+/// Runs a broker until SIGTERM or SIGINT.
+///
+/// # Errors
+/// [`ServerError`].
+pub async fn run(config: Config) -> Result<(), ServerError> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServerError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Signals)?;
+    let (data_dir, durability) = (config.data_dir.display().to_string(), config.store.durability.name());
+    let server = Server::start(config).await?;
+    let addresses: Vec<String> = server.addresses().iter().map(SocketAddr::to_string).collect();
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        address = addresses.join(", "),
+        data_dir,
+        durability,
+        "leveret is ready"
+    );
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+    }
+    server.stop().await?;
+    tracing::info!("stopped");
+    Ok(())
+}

@@ -1,0 +1,575 @@
+//! One connection's protocol state: bytes in, effects on the broker and bytes in the outbox out. No sockets.
+//!
+//! [`Session::feed`] runs a whole read to completion. It stops early only where the protocol has to wait: for a round
+//! to become durable ([`Step::Await`]), or for good.
+
+use std::{net::IpAddr, sync::Arc};
+
+use amq_protocol::protocol::{AMQPClass, connection};
+
+use super::{
+    channel::{Channel, ChannelState},
+    channel_map::ChannelMap,
+    close::{CloseReason, Fault},
+    handshake,
+    outbox::{Outbox, Remains, SettleBatch},
+};
+use crate::{
+    auth::{Authenticator, User},
+    broker::{Broker, BrokerError, ConnectionId, Effects, Queue, Round, Settlement, Vhost},
+    model::Name,
+    wire::{
+        self, Frame, Scan,
+        frame::{self, render_octets},
+        hot::{self, HeaderView},
+        method::{self, MethodError},
+    },
+};
+
+/// Body frames from this size on are taken in as they arrive, instead of once they are whole.
+const STREAMED_BODY_BYTES: usize = 16 << 10;
+
+/// What a listener offers and refuses.
+#[derive(Clone, Debug)]
+pub struct SessionLimits {
+    pub cluster_name: String,
+    pub channel_max: u16,
+    pub frame_max: u32,
+    /// The frame limit until tuning is done.
+    pub initial_frame_max: u32,
+    /// Seconds; 0 is off.
+    pub heartbeat_secs: u16,
+    pub max_message_bytes: u64,
+}
+
+/// Where the connection is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    AwaitStartOk,
+    AwaitTuneOk,
+    AwaitOpen,
+    Running,
+    /// `connection.close` was sent; only close and close-ok are looked at.
+    Closing,
+    /// What is in the outbox goes out, then the socket is closed.
+    Closed,
+}
+
+/// What the client said of itself.
+#[derive(Clone, Debug, Default)]
+pub struct Client {
+    pub name: String,
+    pub blocked: bool,
+    pub cancel_notify: bool,
+    pub failure_close: bool,
+}
+
+/// How a [`Session::feed`] ended.
+#[derive(Debug)]
+pub enum Step {
+    /// Everything whole was handled.
+    More,
+    /// Nothing more is handled before this round is durable; then [`Session::resume`].
+    Await(Round),
+    /// Flush the outbox and close the socket.
+    Flush,
+    /// Close the socket without a word; after a pause if `later`.
+    Drop { later: bool, reason: String },
+}
+
+/// The answer of a method handler.
+pub(super) enum Answer {
+    None,
+    Now(AMQPClass),
+    /// Once the round is durable.
+    After(Round, Option<AMQPClass>),
+}
+
+/// A body frame of which the beginning was handled.
+#[derive(Clone, Copy)]
+struct PartialBody {
+    channel: u16,
+    remaining: usize,
+}
+
+/// A round that has to be durable before anything more is handled, and what is then said.
+struct Awaiting {
+    round: Round,
+    channel: u16,
+    answer: Option<AMQPClass>,
+}
+
+/// See the module.
+pub struct Session {
+    pub(super) broker: Arc<Broker>,
+    pub(super) auth: Arc<Authenticator>,
+    pub(super) limits: Arc<SessionLimits>,
+    pub(super) outbox: Arc<Outbox>,
+    pub(super) id: ConnectionId,
+    pub(super) peer: IpAddr,
+    pub(super) phase: Phase,
+    pub(super) client: Client,
+    pub(super) user: Option<Arc<User>>,
+    pub(super) user_name: Name,
+    pub(super) vhost: Option<Arc<Vhost>>,
+    pub(super) frame_max: u32,
+    pub(super) channel_max: u16,
+    pub(super) heartbeat_secs: u16,
+    pub(super) channels: ChannelMap<Channel>,
+    /// Queues that end with this connection.
+    pub(super) exclusive: Vec<Arc<Queue>>,
+    pub(super) effects: Effects,
+    pub(super) settling: SettleBatch,
+    partial: Option<PartialBody>,
+    awaiting: Option<Awaiting>,
+    /// Something was published since [`Session::take_published`].
+    pub(super) published: bool,
+    /// A frame had no end where it should be; what follows cannot be read.
+    framing_lost: bool,
+}
+
+/// What every connection's session is made from.
+#[derive(Clone)]
+pub struct ConnectionContext {
+    pub broker: Arc<Broker>,
+    pub auth: Arc<Authenticator>,
+    pub limits: Arc<SessionLimits>,
+}
+
+impl ConnectionContext {
+    /// A session for the connection `id` from `peer`.
+    pub fn session(&self, id: u64, peer: IpAddr) -> Session {
+        Session::new(self.broker.clone(), self.auth.clone(), self.limits.clone(), ConnectionId(id), peer)
+    }
+}
+
+impl Session {
+    /// A session whose client has sent the protocol header; `connection.start` is in the outbox.
+    pub fn new(broker: Arc<Broker>, auth: Arc<Authenticator>, limits: Arc<SessionLimits>, id: ConnectionId, peer: IpAddr) -> Self {
+        let outbox = Outbox::new(broker.clone());
+        let session = Session {
+            outbox,
+            id,
+            peer,
+            phase: Phase::AwaitStartOk,
+            client: Client::default(),
+            user: None,
+            user_name: "".into(),
+            vhost: None,
+            frame_max: limits.initial_frame_max,
+            channel_max: limits.channel_max,
+            heartbeat_secs: 0,
+            channels: ChannelMap::default(),
+            exclusive: Vec::new(),
+            effects: Effects::default(),
+            settling: SettleBatch::default(),
+            partial: None,
+            awaiting: None,
+            published: false,
+            framing_lost: false,
+            broker,
+            auth,
+            limits,
+        };
+        session.reply(0, &handshake::start(&session.limits));
+        session
+    }
+
+    /// Waits for an awaited round and takes its outcome in.
+    pub async fn wait(&mut self, round: Round) {
+        let outcome = self.broker.durable(round).await;
+        self.resume(outcome);
+    }
+
+    /// Whether tuning is done.
+    pub fn is_tuned(&self) -> bool {
+        self.user.is_some() && self.frame_max != self.limits.initial_frame_max || self.vhost.is_some()
+    }
+
+    /// Whether frames can no longer be told apart, so that no answer can be waited for.
+    pub fn has_lost_framing(&self) -> bool {
+        self.framing_lost
+    }
+
+    /// Whether a publisher has to wait: for paging to catch up, or for an alarm to clear.
+    pub fn must_hold_back(&self) -> bool {
+        self.broker.memory().is_exhausted() || self.broker.alarms().is_active()
+    }
+
+    /// The alarm in force, as `connection.blocked` names it.
+    pub fn alarm(&self) -> Option<String> {
+        self.broker.alarms().reason()
+    }
+
+    /// Tells the client that its publishes wait, if it understands that.
+    pub fn tell_blocked(&self, reason: &str) {
+        tracing::warn!(peer = %self.peer, reason, "publisher blocked");
+        if self.client.blocked {
+            let reason = amq_protocol::types::ShortString::try_new(reason).unwrap_or_default();
+            self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Blocked(connection::Blocked { reason })));
+            self.outbox.wake_writer();
+        }
+    }
+
+    /// Ends what [`Session::tell_blocked`] began.
+    pub fn tell_unblocked(&self) {
+        if self.client.blocked {
+            self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Unblocked(connection::Unblocked {})));
+            self.outbox.wake_writer();
+        }
+    }
+
+    pub fn outbox(&self) -> &Arc<Outbox> {
+        &self.outbox
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// The negotiated heartbeat in seconds; 0 is off.
+    pub fn heartbeat_secs(&self) -> u16 {
+        self.heartbeat_secs
+    }
+
+    /// Whether the client understands `connection.blocked`.
+    pub fn wants_blocked(&self) -> bool {
+        self.client.blocked
+    }
+
+    /// Whether something was published since the last call.
+    pub fn take_published(&mut self) -> bool {
+        std::mem::take(&mut self.published)
+    }
+
+    pub(super) fn reply(&self, channel: u16, class: &AMQPClass) {
+        self.outbox.push_method(channel, class);
+    }
+
+    /// Handles the whole frames at the start of `input`; answers how many bytes are done with.
+    pub fn feed(&mut self, input: &[u8]) -> (usize, Step) {
+        let mut at = 0;
+        let step = loop {
+            if let Some(awaiting) = &self.awaiting {
+                break Step::Await(awaiting.round);
+            }
+            if self.phase == Phase::Closed {
+                break Step::Flush;
+            }
+            if self.framing_lost {
+                at = input.len();
+                break Step::More;
+            }
+            let mut used = 0;
+            let handled = self.next(&input[at..], &mut used);
+            at += used;
+            match handled {
+                Ok(()) if used == 0 => break Step::More,
+                Ok(()) => {}
+                Err((channel, fault)) => {
+                    if let Some(step) = self.fail(channel, fault) {
+                        break step;
+                    }
+                }
+            }
+        };
+        self.finish_batch();
+        (at, step)
+    }
+
+    /// Goes on after [`Step::Await`]: the awaited round is durable, or it failed.
+    pub fn resume(&mut self, outcome: Result<(), BrokerError>) {
+        let Some(Awaiting { channel, answer, .. }) = self.awaiting.take() else { return };
+        match (outcome, answer) {
+            (Ok(()), Some(class)) => self.reply(channel, &class),
+            (Ok(()), None) => {}
+            (Err(error), _) => {
+                let fault = Fault::new(541, error.to_string());
+                let _ = self.fail(channel, fault);
+            }
+        }
+        self.outbox.wake_writer();
+    }
+
+    /// Everything that was gathered while frames were handled goes where it belongs.
+    fn finish_batch(&mut self) {
+        self.carry_out();
+        self.outbox.wake_if_needed();
+    }
+
+    pub(super) fn carry_out(&mut self) {
+        if !self.effects.is_empty() {
+            self.broker.carry_out(&mut self.effects);
+        }
+    }
+
+    /// Handles one frame, a run of hot ones, or a piece of a body. `used` stays 0 when more bytes are needed.
+    #[inline]
+    fn next(&mut self, input: &[u8], used: &mut usize) -> Result<(), (u16, Fault)> {
+        if let Some(partial) = self.partial {
+            return self.continue_body(partial, input, used);
+        }
+        match wire::scan(input, self.frame_max) {
+            Scan::Frame(frame) => {
+                if frame.kind == frame::METHOD && self.phase == Phase::Running {
+                    let id = hot::method_id(frame.payload);
+                    if id == Some(hot::BASIC_PUBLISH) {
+                        if let Some(run) = self.publish_run(frame.channel, input).map_err(|fault| (frame.channel, fault))? {
+                            *used = run;
+                            return Ok(());
+                        }
+                    } else if matches!(id, Some(hot::BASIC_ACK | hot::BASIC_NACK | hot::BASIC_REJECT)) {
+                        return self.settle_run(frame.channel, input, used).map_err(|fault| (frame.channel, fault));
+                    }
+                }
+                *used = frame.wire_len();
+                self.on_frame(&frame).map_err(|fault| (frame.channel, fault))
+            }
+            Scan::Partial(head) => {
+                let have = input.len() - frame::HEAD_BYTES;
+                let streamed = head.kind == frame::BODY && head.size as usize >= STREAMED_BODY_BYTES && have >= STREAMED_BODY_BYTES;
+                if streamed && self.wants_body(head.channel) {
+                    *used = frame::HEAD_BYTES;
+                    self.partial = Some(PartialBody { channel: head.channel, remaining: head.size as usize });
+                }
+                Ok(())
+            }
+            Scan::Incomplete => Ok(()),
+            Scan::TooLarge(head) => {
+                let text = format!(
+                    "type {}, all octets = <<>>: {{frame_too_large,{},{}}}",
+                    head.kind,
+                    head.size,
+                    self.frame_max.saturating_sub(frame::OVERHEAD_BYTES as u32)
+                );
+                self.framing_lost = true;
+                Err((0, Fault::Connection(CloseReason::new(501, &text))))
+            }
+            Scan::BadEnd(frame, end) => {
+                let text = format!("type {}, {}: {{invalid_frame_end_marker,{end}}}", frame.kind, render_octets(frame.payload));
+                self.framing_lost = true;
+                Err((0, Fault::Connection(CloseReason::new(501, &text))))
+            }
+        }
+    }
+
+    fn wants_body(&self, channel: u16) -> bool {
+        self.phase == Phase::Running && self.channels.get(channel).is_some_and(|channel| channel.assembler.wants_body())
+    }
+
+    /// Takes what is there of a body frame whose head was seen before.
+    fn continue_body(&mut self, partial: PartialBody, input: &[u8], used: &mut usize) -> Result<(), (u16, Fault)> {
+        let at_channel = |fault| (partial.channel, fault);
+        let take = partial.remaining.min(input.len());
+        if take > 0 {
+            *used = take;
+            self.partial = Some(PartialBody { remaining: partial.remaining - take, ..partial });
+            if let Some(channel) = self.channels.get_mut(partial.channel) {
+                channel.assembler.on_body(&input[..take]).map_err(at_channel)?;
+            }
+        }
+        if take < partial.remaining {
+            return Ok(());
+        }
+        let Some(&end) = input.get(take) else { return Ok(()) };
+        *used += 1;
+        self.partial = None;
+        if end != frame::FRAME_END {
+            let text = format!("type {}, {}: {{invalid_frame_end_marker,{end}}}", frame::BODY, render_octets(&input[..take]));
+            self.framing_lost = true;
+            return Err((0, Fault::Connection(CloseReason::new(501, &text))));
+        }
+        self.finish_content(partial.channel).map_err(at_channel)
+    }
+
+    fn on_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
+        let describe = || format!("type {}, {}", frame.kind, render_octets(frame.payload));
+        match (frame.kind, frame.channel) {
+            (frame::HEARTBEAT, 0) if frame.payload.is_empty() => Ok(()),
+            (frame::HEARTBEAT, 0) => Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe())))),
+            (frame::HEARTBEAT, _) | (frame::HEADER | frame::BODY, 0) => Err(Fault::Connection(CloseReason::new(505, &describe()))),
+            (frame::METHOD, _) => self.on_method_frame(frame),
+            (frame::HEADER, _) => self.on_header_frame(frame),
+            (frame::BODY, _) => self.on_body_frame(frame),
+            _ => Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe())))),
+        }
+    }
+
+    fn on_method_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
+        if let Some(channel) = self.channels.get(frame.channel) {
+            if !channel.assembler.is_idle() && self.phase == Phase::Running {
+                return Err(channel.assembler.interrupted());
+            }
+        }
+        let class = match method::parse(frame.payload) {
+            Ok(class) => class,
+            Err(error) => return self.on_undecodable(frame, error),
+        };
+        match self.phase {
+            Phase::Running => self.on_method(frame.channel, frame.payload, class),
+            Phase::Closing => {
+                self.on_method_while_closing(&class);
+                Ok(())
+            }
+            Phase::Closed => Ok(()),
+            _ if frame.channel == 0 => self.on_handshake_method(class),
+            _ => Err(Fault::DropLater("method on a channel during the handshake".into())),
+        }
+    }
+
+    fn on_undecodable(&self, frame: &Frame<'_>, error: MethodError) -> Result<(), Fault> {
+        if self.phase == Phase::Closing {
+            return Ok(());
+        }
+        if self.phase != Phase::Running {
+            return Err(Fault::DropLater("undecodable method during the handshake".into()));
+        }
+        let reason = match error {
+            MethodError::Unknown => return Err(Fault::Drop("unknown class or method".into())),
+            MethodError::Table(_) => return Err(Fault::Drop("malformed field table".into())),
+            MethodError::NotUtf8 => CloseReason::new(501, "Malformed UTF-8 in shortstr"),
+            MethodError::Undecodable => {
+                let octets: Vec<String> = frame.payload.iter().skip(4).map(u8::to_string).collect();
+                CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(",")))
+            }
+        };
+        Err(Fault::Connection(reason))
+    }
+
+    fn on_header_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
+        let max_body_bytes = self.limits.max_message_bytes;
+        let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
+        let header = HeaderView::read(frame.payload)
+            .map_err(|_| Fault::Connection(CloseReason::new(501, &format!("type {}, {}: unknown_frame", frame.kind, render_octets(frame.payload)))))?;
+        match channel.assembler.on_header(&header, max_body_bytes)? {
+            Some(message) => self.on_message(frame.channel, &message),
+            None => Ok(()),
+        }
+    }
+
+    fn on_body_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
+        let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
+        channel.assembler.on_body(frame.payload)?;
+        self.finish_content(frame.channel)
+    }
+
+    fn finish_content(&mut self, number: u16) -> Result<(), Fault> {
+        let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
+        match channel.assembler.finish() {
+            Some(message) => self.on_message(number, &message),
+            None => Ok(()),
+        }
+    }
+
+    /// The channel a content frame is for; `None` when it is to be ignored.
+    fn content_channel(&mut self, frame: &Frame<'_>) -> Result<Option<&mut Channel>, Fault> {
+        match self.phase {
+            Phase::Running => {}
+            Phase::Closing | Phase::Closed => return Ok(None),
+            _ => return Err(Fault::DropLater("content during the handshake".into())),
+        }
+        match self.channels.get_mut(frame.channel) {
+            Some(channel) => Ok(Some(channel)),
+            None => Err(Fault::Connection(CloseReason::new(504, "expected 'channel.open'"))),
+        }
+    }
+
+    fn on_method_while_closing(&mut self, class: &AMQPClass) {
+        use connection::AMQPMethod as C;
+        match class {
+            AMQPClass::Connection(C::Close(_)) => {
+                self.reply(0, &AMQPClass::Connection(C::CloseOk(connection::CloseOk {})));
+                self.phase = Phase::Closed;
+            }
+            AMQPClass::Connection(C::CloseOk(_)) => self.phase = Phase::Closed,
+            _ => {}
+        }
+    }
+
+    /// Sends an answer now, or notes the round it has to wait for.
+    pub(super) fn answer(&mut self, channel: u16, answer: Answer) {
+        match answer {
+            Answer::None => {}
+            Answer::Now(class) => self.reply(channel, &class),
+            Answer::After(round, answer) => self.await_round(channel, round, answer),
+        }
+    }
+
+    fn await_round(&mut self, channel: u16, round: Round, answer: Option<AMQPClass>) {
+        if round > self.broker.watermark() || self.broker.is_failed(round) {
+            self.awaiting = Some(Awaiting { round, channel, answer });
+        } else if let Some(class) = answer {
+            self.reply(channel, &class);
+        }
+    }
+
+    /// Does what a fault asks for; answers how the feed ends, if it does.
+    fn fail(&mut self, number: u16, fault: Fault) -> Option<Step> {
+        match fault {
+            Fault::Channel(reason) if self.channels.get(number).is_some() => {
+                tracing::warn!(peer = %self.peer, channel = number, code = reason.code, text = reason.text, "channel error");
+                self.release_channel(number);
+                self.reply(number, &reason.channel_close());
+                if let Some(channel) = self.channels.get_mut(number) {
+                    channel.state = ChannelState::Closing;
+                }
+                None
+            }
+            Fault::Channel(reason) | Fault::Connection(reason) => {
+                self.close(&reason);
+                None
+            }
+            Fault::Drop(reason) => Some(Step::Drop { later: false, reason }),
+            Fault::DropLater(reason) => Some(Step::Drop { later: true, reason }),
+        }
+    }
+
+    /// Closes the connection from this side: channels end, exclusive queues go, `connection.close` is sent.
+    pub fn close(&mut self, reason: &CloseReason) {
+        if matches!(self.phase, Phase::Closing | Phase::Closed) {
+            return;
+        }
+        tracing::warn!(peer = %self.peer, code = reason.code, text = reason.text, "closing connection");
+        self.release();
+        self.reply(0, &reason.connection_close());
+        self.phase = Phase::Closing;
+        self.outbox.wake_writer();
+    }
+
+    /// Ends a channel's deliveries, consumers and transaction; its unacked messages go back. Its number stays taken.
+    pub(super) fn release_channel(&mut self, number: u16) {
+        // What was published or acked before in this batch comes first.
+        let remains = self.outbox.close_channel(number);
+        if let Some(channel) = self.channels.get_mut(number) {
+            channel.release(&self.broker);
+        }
+        self.return_remains(remains);
+    }
+
+    fn return_remains(&mut self, remains: Remains) {
+        for (queue, consumer) in remains.consumers {
+            queue.cancel(consumer, &mut self.effects);
+        }
+        for (queue, deliveries) in remains.unacked {
+            queue.settle(None, &deliveries, Settlement::Requeue, &mut self.effects);
+        }
+        self.carry_out();
+    }
+
+    /// Ends everything the connection has on the broker. Called when it closes, however it does; idempotent.
+    pub fn release(&mut self) {
+        for (_, channel) in self.channels.iter_mut() {
+            channel.release(&self.broker);
+        }
+        for remains in self.outbox.close_channels() {
+            self.return_remains(remains);
+        }
+        for queue in std::mem::take(&mut self.exclusive) {
+            if let Some(vhost) = &self.vhost {
+                // Cannot be refused: nothing is checked.
+                let _ = vhost.delete_queue(&queue, &mut self.effects, |_| Ok(()));
+            }
+        }
+        self.carry_out();
+    }
+}

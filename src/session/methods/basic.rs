@@ -1,0 +1,176 @@
+//! Class basic, without the hot methods.
+
+use std::sync::Arc;
+
+use amq_protocol::{
+    protocol::{AMQPClass, basic},
+    types::{FieldTable, ShortString},
+};
+
+use super::{generated_name, unless};
+use crate::{
+    auth::{Access, Resource},
+    broker::{Address, Consumer, Queue, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement},
+    model::{Name, arguments::{as_integer, lookup, type_name}},
+    session::{
+        channel::{Mode, ReplyConsumer},
+        close::Fault,
+        connection::{Answer, Session},
+    },
+    wire::hot,
+};
+
+impl Session {
+    pub(super) fn on_basic(&mut self, number: u16, payload: &[u8], method: basic::AMQPMethod) -> Result<Answer, Fault> {
+        use basic::AMQPMethod as B;
+        match method {
+            B::Publish(_) => self.on_publish_method(number, payload).map(|()| Answer::None),
+            B::Qos(qos) => self.qos(number, payload, &qos),
+            B::Consume(consume) => self.consume(number, &consume),
+            B::Cancel(cancel) => self.cancel(number, &cancel),
+            B::CancelOk(_) => Ok(Answer::None), // the client's answer to a server-sent cancel
+            B::Get(get) => self.get(number, get.queue.as_str(), get.no_ack),
+            B::Recover(recover) => {
+                self.recover(number, recover.requeue)?;
+                Ok(Answer::Now(AMQPClass::Basic(B::RecoverOk(basic::RecoverOk {}))))
+            }
+            B::RecoverAsync(recover) => {
+                self.recover(number, recover.requeue)?;
+                Ok(Answer::None)
+            }
+            _ => Err(Fault::new(503, "unimplemented method")),
+        }
+    }
+
+    fn qos(&mut self, number: u16, payload: &[u8], qos: &basic::Qos) -> Result<Answer, Fault> {
+        // `amq-protocol` drops the prefetch size.
+        let size = payload.get(4..8).and_then(|size| size.try_into().ok()).map_or(0, u32::from_be_bytes);
+        if size != 0 {
+            return Err(Fault::new(540, format!("prefetch_size!=0 ({size})")));
+        }
+        let unblocked = if qos.global {
+            self.outbox.set_channel_prefetch(number, qos.prefetch_count)
+        } else {
+            if let Some(channel) = self.channels.get_mut(number) {
+                channel.prefetch = qos.prefetch_count;
+            }
+            // RabbitMQ: a count per consumer lifts the one of the channel.
+            self.outbox.set_channel_prefetch(number, 0)
+        };
+        for (queue, consumer) in unblocked {
+            queue.unblock(consumer, &mut self.effects);
+        }
+        Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::QosOk(basic::QosOk {}))))
+    }
+
+    fn consume(&mut self, number: u16, consume: &basic::Consume) -> Result<Answer, Fault> {
+        let name = self.queue_name(number, consume.queue.as_str())?;
+        let asked = consume.consumer_tag.as_str();
+        let tag: Name = if asked.is_empty() { generated_name("amq.ctag-").into() } else { asked.into() };
+        if self.outbox.has_tag(number, &tag) {
+            return Err(Fault::new(530, format!("attempt to reuse consumer tag '{tag}'")));
+        }
+        if &*name == REPLY_TO {
+            return self.consume_replies(number, &tag, consume);
+        }
+        self.check(Access::Read, Resource::Queue, &name)?;
+        let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
+        if ReplyRegistry::is_reply_name(name.as_bytes()) {
+            return Err(Fault::new(406, format!("only creator channel may consume from queue '{name}' in vhost '{}'", vhost.name)));
+        }
+        let queue = vhost.queue_for(&name, self.id)?;
+        let priority = consumer_priority(&queue, &consume.arguments)?;
+        let Some(port) = self.outbox.port() else { return Ok(Answer::None) };
+        let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else { return Ok(Answer::None) };
+        let prefetch = self.channels.get(number).map_or(0, |channel| channel.prefetch);
+        let to = Address { channel: number, slot };
+        let consumer = match queue.consume(Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch)) {
+            Ok(consumer) => consumer,
+            Err(error) => {
+                self.outbox.remove_consumer(number, &tag);
+                return Err(error.into());
+            }
+        };
+        // `consume-ok` goes into the outbox before any delivery can.
+        self.outbox.start_consumer(number, slot, Some(consumer), &tag, consume.nowait);
+        queue.unblock(consumer, &mut self.effects);
+        Ok(Answer::None)
+    }
+
+    /// `basic.consume` from the pseudo queue of direct reply-to.
+    fn consume_replies(&mut self, number: u16, tag: &Name, consume: &basic::Consume) -> Result<Answer, Fault> {
+        let Some(channel) = self.channels.get(number) else { return Ok(Answer::None) };
+        if channel.reply.is_some() {
+            return Err(Fault::new(406, "reply consumer already set"));
+        }
+        if !consume.no_ack {
+            return Err(Fault::new(406, "reply consumer cannot acknowledge"));
+        }
+        let Some(port) = self.outbox.port() else { return Ok(Answer::None) };
+        let Some(slot) = self.outbox.add_consumer(number, tag, None, true) else { return Ok(Answer::None) };
+        let (id, name) = self.broker.replies.register(port, Address { channel: number, slot });
+        self.outbox.start_consumer(number, slot, None, tag, consume.nowait);
+        if let Some(channel) = self.channels.get_mut(number) {
+            channel.reply = Some(ReplyConsumer { id, name, tag: tag.clone() });
+        }
+        Ok(Answer::None)
+    }
+
+    fn cancel(&mut self, number: u16, cancel: &basic::Cancel) -> Result<Answer, Fault> {
+        let tag = cancel.consumer_tag.as_str();
+        if let Some(channel) = self.channels.get_mut(number) {
+            if let Some(reply) = channel.reply.take_if(|reply| &*reply.tag == tag) {
+                self.broker.replies.remove(reply.id);
+            }
+        }
+        if let Some((Some(queue), Some(consumer))) = self.outbox.remove_consumer(number, tag) {
+            queue.cancel(consumer, &mut self.effects);
+            self.carry_out();
+        }
+        let cancel_ok = basic::CancelOk { consumer_tag: cancel.consumer_tag.clone() };
+        Ok(unless(cancel.nowait, AMQPClass::Basic(basic::AMQPMethod::CancelOk(cancel_ok))))
+    }
+
+    fn get(&mut self, number: u16, queue: &str, no_ack: bool) -> Result<Answer, Fault> {
+        let name = self.queue_name(number, queue)?;
+        self.check(Access::Read, Resource::Queue, &name)?;
+        let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
+        if ReplyRegistry::is_reply_name(name.as_bytes()) && self.broker.replies.find(name.as_bytes()) != ReplyTarget::Malformed {
+            return Err(Fault::new(540, format!("basic.get not supported by volatile queue '{name}' in vhost '{}'", vhost.name)));
+        }
+        let queue = vhost.queue_for(&name, self.id)?;
+        if !self.hand_out(number, &queue, no_ack) {
+            return Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::GetEmpty(basic::GetEmpty {}))));
+        }
+        Ok(Answer::None)
+    }
+
+    /// Answers a `basic.get` from the head of the queue, if there is one.
+    fn hand_out(&mut self, number: u16, queue: &Arc<Queue>, no_ack: bool) -> bool {
+        let (Some(port), Some(slot)) = (self.outbox.port(), self.outbox.begin_get(number, queue, no_ack)) else { return false };
+        let handed = queue.get(&port, Address { channel: number, slot }, no_ack, &mut self.effects);
+        self.outbox.end_get(number, slot);
+        handed
+    }
+
+    fn recover(&mut self, number: u16, requeue: bool) -> Result<(), Fault> {
+        if !requeue {
+            return Err(Fault::new(540, "requeue=false"));
+        }
+        self.outbox.take_unacked(number, &mut self.settling);
+        self.apply_settlements(Settlement::Requeue, false);
+        Ok(())
+    }
+}
+
+/// `x-priority`, checked as RabbitMQ checks it.
+fn consumer_priority(queue: &Queue, arguments: &FieldTable) -> Result<i64, Fault> {
+    let Some(value) = lookup(arguments, "x-priority") else { return Ok(0) };
+    as_integer(value).ok_or_else(|| {
+        let (name, vhost) = (&queue.options.name, &queue.options.vhost);
+        Fault::new(
+            406,
+            format!("invalid arg 'x-priority' for queue '{name}' in vhost '{vhost}': \"expected integer, got {}\"", type_name(value)),
+        )
+    })
+}

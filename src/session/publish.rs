@@ -1,0 +1,420 @@
+//! `basic.publish`: the run of like messages that is the load, and the single message with everything that can be said
+//! about it.
+
+use std::{borrow::Cow, sync::Arc};
+
+use amq_protocol::types::{AMQPValue, FieldTable};
+use smallvec::{SmallVec, smallvec};
+
+use super::{
+    assembler::{Assembled, Assembler, Publish},
+    channel::{CachedRoute, Channel, ChannelState, Mode},
+    close::Fault,
+    connection::Session,
+    tx::TxPublish,
+};
+use crate::{
+    auth::{Access, Resource},
+    broker::{BrokerError, Body, Effects, Message, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost, encode_names, router::TopologyError},
+    model::{arguments::{as_longstr, type_name}, erlang, properties::{self, Properties, plain_delivery_mode, raw_entries}},
+    wire::{self, Scan, frame, hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names}, limits::check_table},
+};
+
+/// Messages of one run: how long a queue's lock may be held.
+const RUN_MESSAGES: usize = 1024;
+/// RabbitMQ's bound on `expiration`, in milliseconds.
+const MAX_EXPIRATION_MS: u64 = 315_360_000_000;
+
+type Run<'a> = SmallVec<[Message<'a>; 8]>;
+
+fn fault(code: u16, text: impl AsRef<str>) -> Fault {
+    Fault::new(code, text).at(60, 40)
+}
+
+impl Session {
+    /// Handles the run of whole messages to one exchange and key at the start of `input`, which begins with a
+    /// `basic.publish`. Answers its length, or `None` when the first message needs [`Session::publish`].
+    ///
+    /// Hot path: one route look-up, one lock per target queue and one confirm entry a run; nothing allocated a message.
+    #[inline]
+    pub(super) fn publish_run(&mut self, number: u16, input: &[u8]) -> Result<Option<usize>, Fault> {
+        let Some(channel) = self.channels.get_mut(number) else { return Ok(None) };
+        if channel.state != ChannelState::Open || !channel.assembler.is_idle() || matches!(channel.mode, Mode::Tx(_)) {
+            return Ok(None);
+        }
+        let mut run = Run::new();
+        let (names, used) = gather(number, input, self.frame_max, &mut run);
+        let Some(vhost) = &self.vhost else { return Ok(None) };
+        if run.is_empty() || ReplyRegistry::is_reply_name(split_names(names).1) {
+            return Ok(None);
+        }
+        let epoch = (vhost.epoch(), self.auth.epoch());
+        let Some(route) = channel.routes.find(names, epoch) else { return Ok(None) };
+        if route.is_empty() {
+            return Ok(None); // returns and their order belong to the careful path
+        }
+        self.published = true;
+        if let Mode::Confirm { published } = &mut channel.mode {
+            *published += run.len() as u64;
+        }
+        match deliver(&route, &run, self.broker.store_failure().is_some(), &mut self.effects) {
+            Ok(round) => self.confirm(number, round),
+            Err(StoreFailed) => self.refuse(number),
+        }
+        Ok(Some(used))
+    }
+
+    fn confirm(&mut self, number: u16, round: Round) {
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get(number) {
+            self.outbox.confirm(number, *published, round);
+        }
+    }
+
+    fn refuse(&mut self, number: u16) {
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get(number) {
+            self.outbox.refuse(number, *published);
+        }
+    }
+
+    /// Begins a `basic.publish` whose content is still to come.
+    pub(super) fn on_publish_method(&mut self, number: u16, payload: &[u8]) -> Result<(), Fault> {
+        let view = PublishView::read(payload).map_err(|_| undecodable(payload))?;
+        let (exchange, routing_key) = split_names(view.names);
+        if std::str::from_utf8(exchange).is_err() || std::str::from_utf8(routing_key).is_err() {
+            return Err(Fault::Connection(super::close::CloseReason::new(501, "Malformed UTF-8 in shortstr")));
+        }
+        if let Some(channel) = self.channels.get_mut(number) {
+            channel.assembler =
+                Assembler::Header(Publish { names: view.names.to_vec(), mandatory: view.mandatory, immediate: view.immediate });
+        }
+        Ok(())
+    }
+
+    /// Handles a message that was put together from its frames.
+    pub(super) fn on_message(&mut self, number: u16, message: &Assembled) -> Result<(), Fault> {
+        match self.channels.get(number) {
+            Some(channel) if channel.state == ChannelState::Open => self.publish(number, message),
+            _ => Ok(()), // a closing channel: read for the sake of framing
+        }
+    }
+
+    /// Publishes one message, with RabbitMQ's checks in RabbitMQ's order.
+    fn publish(&mut self, number: u16, message: &Assembled) -> Result<(), Fault> {
+        if message.publish.immediate {
+            return Err(fault(540, "immediate=true"));
+        }
+        let max = self.limits.max_message_bytes;
+        if message.body_size as u64 > max {
+            let text = format!("message size {} is larger than configured max size {max}", message.body_size);
+            return Err(fault(406, text));
+        }
+        let Some(vhost) = self.vhost.clone() else { return Ok(()) };
+        self.published = true;
+        let (exchange, routing_key) = split_names(&message.publish.names);
+        let (exchange, epoch) = (String::from_utf8_lossy(exchange), (vhost.epoch(), self.auth.epoch()));
+        let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
+        let cached = channel.routes.find(&message.publish.names, epoch);
+        if cached.is_none() {
+            self.auth.check(&self.user_name, &vhost.name, Access::Write, Resource::Exchange, &exchange).map_err(|refusal| Fault::from(refusal).at(60, 40))?;
+            vhost.check_publish(&exchange).map_err(|error| Fault::from(error).at(60, 40))?;
+        }
+        let properties = Properties::parse(&message.properties).map_err(|_| Fault::internal())?;
+        if properties.raw_headers().is_some_and(|table| check_table(table).is_err()) {
+            return Err(Fault::internal());
+        }
+        let adjusted = self.adjust(number, &properties)?;
+        let properties = match &adjusted.properties {
+            Cow::Borrowed(_) => properties,
+            Cow::Owned(raw) => Properties::parse(raw).map_err(|_| Fault::internal())?,
+        };
+        let body = match message.body.len() {
+            0..SHARED_BODY_BYTES => Body::Inline(&message.body),
+            _ => Body::Shared(&message.body),
+        };
+        let message = &message.publish;
+        let outgoing = Message { names: &message.names, properties: properties.raw(), body, persistent: properties.is_persistent() };
+        if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
+            return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
+        }
+        let route = match (cached, adjusted.extra_keys.is_empty()) {
+            (Some(route), true) => route,
+            _ => self.find_route(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
+        };
+        self.enqueue(number, route, &outgoing, message.mandatory);
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "all of it is what routing depends on")]
+    fn find_route(
+        &mut self,
+        number: u16,
+        vhost: &Arc<Vhost>,
+        exchange: &str,
+        routing_key: &[u8],
+        adjusted: &Adjusted<'_>,
+        epoch: (u64, u64),
+        message: &Message<'_>,
+    ) -> Result<CachedRoute, Fault> {
+        let keys: SmallVec<[&[u8]; 4]> =
+            std::iter::once(routing_key).chain(adjusted.extra_keys.iter().map(Vec::as_slice)).collect();
+        let mut found = Route::default();
+        vhost.route(exchange, &keys, None, &mut found).map_err(|error: TopologyError| Fault::from(error).at(60, 40))?;
+        let cacheable = found.cacheable && adjusted.extra_keys.is_empty();
+        if !found.cacheable {
+            let headers = Properties::parse(message.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
+            vhost.route(exchange, &keys, Some(&headers), &mut found).map_err(|error| Fault::from(error).at(60, 40))?;
+        }
+        let route: CachedRoute = Arc::new(found.queues.drain(..).collect());
+        if let (true, Some(channel)) = (cacheable, self.channels.get_mut(number)) {
+            channel.routes.remember(message.names, epoch, route.clone());
+        }
+        Ok(route)
+    }
+
+    /// Hands a routed message to its queues (or to the transaction), returns it if it is mandatory and has none, and
+    /// confirms.
+    fn enqueue(&mut self, number: u16, route: CachedRoute, message: &Message<'_>, mandatory: bool) {
+        let Some(channel) = self.channels.get_mut(number) else { return };
+        match &mut channel.mode {
+            Mode::Tx(transaction) => return transaction.publish(TxPublish::new(route, message, mandatory)),
+            Mode::Confirm { published } => *published += 1,
+            Mode::Plain => {}
+        }
+        if route.is_empty() {
+            if mandatory {
+                self.outbox.return_message(number, message);
+            }
+            return self.confirm(number, 0);
+        }
+        match deliver(&route, std::slice::from_ref(message), self.broker.store_failure().is_some(), &mut self.effects) {
+            Ok(round) => self.confirm(number, round),
+            Err(StoreFailed) => self.refuse(number),
+        }
+    }
+
+    /// A message to a generated reply-to name goes straight to the requester.
+    fn publish_reply(&mut self, number: u16, name: &[u8], message: &Message<'_>, mandatory: bool) -> Result<(), Fault> {
+        match self.broker.replies.find(name) {
+            ReplyTarget::Alive(id) => {
+                let names = encode_names(b"", name);
+                self.broker.replies.deliver(id, &Message { names: &names, ..*message }, &mut self.effects);
+            }
+            ReplyTarget::Malformed if mandatory => self.outbox.return_message(number, message),
+            ReplyTarget::Malformed | ReplyTarget::Gone => {}
+        }
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
+            *published += 1;
+        }
+        self.confirm(number, 0);
+        Ok(())
+    }
+
+    /// Checks the properties the broker acts on, and changes those it has to change.
+    fn adjust<'a>(&self, number: u16, view: &Properties<'a>) -> Result<Adjusted<'a>, Fault> {
+        let mut adjusted = Adjusted { properties: Cow::Borrowed(view.raw()), extra_keys: Vec::new() };
+        if !Properties::needs_attention(view.raw()) {
+            return Ok(adjusted);
+        }
+        if view.reply_to() == Some(REPLY_TO.as_bytes()) {
+            let reply = self.channels.get(number).and_then(|channel| channel.reply.as_ref());
+            let reply = reply.ok_or_else(|| fault(406, "fast reply consumer does not exist"))?;
+            adjusted.properties = Cow::Owned(view.with_reply_to(reply.name.as_bytes()));
+        }
+        if let Some(expiration) = view.expiration() {
+            let plain = check_expiration(expiration)
+                .map_err(|error| fault(406, format!("invalid expiration '{}': {error}", erlang::text(expiration))))?;
+            if plain.as_bytes() != expiration {
+                let changed = reparse(&adjusted.properties)?.with_expiration(plain.as_bytes());
+                adjusted.properties = Cow::Owned(changed);
+            }
+        }
+        let named = |name: &[u8]| view.raw_headers().is_some_and(|table| raw_entries(table).any(|entry| entry.key == name));
+        let (cc, bcc) = (named(b"CC"), named(b"BCC"));
+        if cc || bcc {
+            let headers = view.headers().ok_or_else(Fault::internal)?;
+            adjusted.extra_keys = sender_selected_keys(&headers)?;
+            if bcc {
+                let stripped = reparse(&adjusted.properties)?.without_header(b"BCC");
+                adjusted.properties = Cow::Owned(stripped);
+            }
+        }
+        if let Some(user_id) = view.user_id() {
+            let impersonates = self.user.as_ref().is_some_and(|user| user.may_impersonate());
+            if user_id != self.user_name.as_bytes() && !impersonates {
+                let text = format!("user_id property set to '{}' but authenticated user was '{}'", erlang::text(user_id), self.user_name);
+                return Err(fault(406, text));
+            }
+        }
+        Ok(adjusted)
+    }
+}
+
+/// Collects the run; answers the names all its messages share and its length in bytes.
+#[inline]
+fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>) -> (&'a [u8], usize) {
+    let mut at = 0;
+    let mut names: &[u8] = &[];
+    while run.len() < RUN_MESSAGES {
+        let Some((message, next)) = whole_message(number, &input[at..], max_payload) else { break };
+        if run.is_empty() {
+            names = message.names;
+            if std::str::from_utf8(names).is_err() && !names_are_text(names) {
+                break;
+            }
+        } else if message.names != names {
+            break;
+        }
+        run.push(message);
+        at += next;
+    }
+    (names, at)
+}
+
+fn names_are_text(names: &[u8]) -> bool {
+    let (exchange, routing_key) = split_names(names);
+    std::str::from_utf8(exchange).is_ok() && std::str::from_utf8(routing_key).is_ok()
+}
+
+/// A message whose three frames are all there, with nothing about it that needs a closer look.
+#[inline]
+fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<(Message<'_>, usize)> {
+    let Scan::Frame(method) = wire::scan(input, max_payload) else { return None };
+    if method.kind != frame::METHOD || method.channel != number || method_id(method.payload) != Some(BASIC_PUBLISH) {
+        return None;
+    }
+    let publish = PublishView::read(method.payload).ok()?;
+    if publish.immediate || publish.mandatory {
+        return None;
+    }
+    let mut at = method.wire_len();
+    let Scan::Frame(header) = wire::scan(&input[at..], max_payload) else { return None };
+    if header.kind != frame::HEADER || header.channel != number {
+        return None;
+    }
+    at += header.wire_len();
+    let header = HeaderView::read(header.payload).ok()?;
+    if header.class != 60 || header.weight != 0 || header.body_size >= SHARED_BODY_BYTES as u64 {
+        return None;
+    }
+    let persistent = match plain_delivery_mode(header.properties) {
+        Some(persistent) => persistent,
+        None if Properties::needs_attention(header.properties) => return None,
+        None => Properties::parse(header.properties).ok()?.is_persistent(),
+    };
+    let mut body: &[u8] = &[];
+    if header.body_size > 0 {
+        let Scan::Frame(frame) = wire::scan(&input[at..], max_payload) else { return None };
+        if frame.kind != frame::BODY || frame.channel != number || frame.payload.len() as u64 != header.body_size {
+            return None;
+        }
+        at += frame.wire_len();
+        body = frame.payload;
+    }
+    Some((Message { names: publish.names, properties: header.properties, body: Body::Inline(body), persistent }, at))
+}
+
+/// The store refuses durable work, so the publish is nacked instead of confirmed.
+pub(super) struct StoreFailed;
+
+/// Hands messages to every queue of a route; answers the round that makes all of them durable.
+#[inline]
+pub(super) fn deliver(route: &CachedRoute, messages: &[Message<'_>], store_failed: bool, effects: &mut Effects) -> Result<Round, StoreFailed> {
+    if store_failed && messages.iter().any(|message| message.persistent) && route.iter().any(|queue| queue.options.durable) {
+        return Err(StoreFailed);
+    }
+    Ok(route.iter().map(|queue| queue.publish(messages, effects)).max().unwrap_or(0))
+}
+
+/// What [`Session::adjust`] made of the properties.
+struct Adjusted<'a> {
+    properties: Cow<'a, [u8]>,
+    /// CC and BCC.
+    extra_keys: Vec<Vec<u8>>,
+}
+
+fn reparse(raw: &[u8]) -> Result<Properties<'_>, Fault> {
+    Properties::parse(raw).map_err(|_| Fault::internal())
+}
+
+fn undecodable(payload: &[u8]) -> Fault {
+    let octets: Vec<String> = payload.iter().skip(4).map(u8::to_string).collect();
+    Fault::Connection(super::close::CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(","))))
+}
+
+/// The keys of `CC` and `BCC`: their long strings; elements of other types are ignored, as in RabbitMQ.
+fn sender_selected_keys(headers: &FieldTable) -> Result<Vec<Vec<u8>>, Fault> {
+    let mut keys = Vec::new();
+    for name in ["CC", "BCC"] {
+        match properties::header(headers, name) {
+            None => {}
+            Some(AMQPValue::FieldArray(array)) => keys.extend(array.as_slice().iter().filter_map(as_longstr).map(<[u8]>::to_vec)),
+            Some(other) => {
+                let text = format!("invalid message: {{unacceptable_type_in_header,\"{name}\",{}}}", type_name(other));
+                return Err(fault(406, text));
+            }
+        }
+    }
+    Ok(keys)
+}
+
+/// Checks an `expiration`; answers its plain digits. The error is RabbitMQ's term.
+fn check_expiration(expiration: &[u8]) -> Result<String, String> {
+    let text = erlang::text(expiration).into_owned();
+    let (negative, digits) = match text.as_bytes() {
+        [b'-', ..] => (true, &text[1..]),
+        [b'+', ..] => (false, &text[1..]),
+        _ => (false, &text[..]),
+    };
+    let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+    if end == 0 {
+        return Err("no_integer".into());
+    }
+    if end < digits.len() {
+        return Err(format!("{{leftover_string,\"{}\"}}", &digits[end..]));
+    }
+    let plain = digits.trim_start_matches('0');
+    let plain = if plain.is_empty() { "0" } else { plain };
+    if negative && plain != "0" {
+        return Err(format!("{{value_negative,-{plain}}}"));
+    }
+    match plain.parse::<u64>() {
+        Ok(ms) if ms <= MAX_EXPIRATION_MS => Ok(plain.into()),
+        _ => Err(format!("{{value_too_large,{plain}}}")),
+    }
+}
+
+/// A transaction's publish goes to its queues.
+pub(super) fn publish_to(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Round {
+    let messages: SmallVec<[Message<'_>; 1]> = smallvec![*message];
+    route.iter().map(|queue| queue.publish(&messages, effects)).max().unwrap_or(0)
+}
+
+impl From<StoreFailed> for BrokerError {
+    fn from(_: StoreFailed) -> Self {
+        BrokerError::Store { reason: "no durable message is accepted".into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn expirations_are_read_like_erlang_reads_integers() {
+        for (text, expected) in [
+            ("60000", Ok("60000")),
+            ("+5", Ok("5")),
+            ("007", Ok("7")),
+            ("0", Ok("0")),
+            ("", Err("no_integer")),
+            ("abc", Err("no_integer")),
+            (" 5", Err("no_integer")),
+            ("5ms", Err("{leftover_string,\"ms\"}")),
+            ("-1", Err("{value_negative,-1}")),
+            ("315360000001", Err("{value_too_large,315360000001}")),
+            ("99999999999999999999999", Err("{value_too_large,99999999999999999999999}")),
+        ] {
+            assert_eq!(check_expiration(text.as_bytes()), expected.map(String::from).map_err(String::from), "{text}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! `basic.ack`, `basic.nack` and `basic.reject`: runs of them are resolved under one lock of the outbox, then applied
+//! queue by queue.
+
+use super::{
+    channel::{Channel, ChannelState, Mode},
+    close::{CloseReason, Fault},
+    connection::Session,
+    unacked::UnknownDeliveryTag,
+};
+use crate::{
+    broker::{Round, Settlement},
+    wire::{self, Scan, frame, hot::{SettleView, method_id}},
+};
+
+/// Settling methods handled under one lock.
+const RUN_METHODS: usize = 1024;
+
+fn settlement(view: &SettleView) -> Settlement {
+    match view.requeue {
+        Some(true) => Settlement::Requeue,
+        Some(false) | None => Settlement::Done,
+    }
+}
+
+impl Session {
+    /// Handles the run of settling methods of one channel at the start of `input`; `used` is their length, that of a
+    /// failing one included.
+    ///
+    /// Hot path: one lock of the outbox a run, one of each queue a stretch of its deliveries.
+    #[inline]
+    pub(super) fn settle_run(&mut self, number: u16, input: &[u8], used: &mut usize) -> Result<(), Fault> {
+        let working = match self.channels.get(number) {
+            None => false,
+            Some(channel) if !channel.assembler.is_idle() => return Err(channel.assembler.interrupted()),
+            Some(channel) => channel.state == ChannelState::Open,
+        };
+        let is_tx = matches!(self.channels.get(number), Some(Channel { mode: Mode::Tx(_), .. }));
+        let exists = self.channels.get(number).is_some();
+        let mut run_kind = None;
+        let mut failure = None;
+        let mut batch = std::mem::take(&mut self.settling);
+        {
+            let outbox = self.outbox.clone();
+            let mut settler = (working && !is_tx).then(|| outbox.settler(number));
+            let mut methods = 0;
+            while methods < RUN_METHODS && failure.is_none() {
+                let Scan::Frame(frame) = wire::scan(&input[*used..], self.frame_max) else { break };
+                if frame.kind != frame::METHOD || frame.channel != number {
+                    break;
+                }
+                let Some(view) = SettleView::read(frame.payload) else { break };
+                let id = method_id(frame.payload).unwrap_or_default();
+                let at = |fault: Fault| fault.at(60, id as u16);
+                match view {
+                    Err(_) => failure = Some(at(undecodable(frame.payload))),
+                    Ok(_) if !exists => failure = Some(at(Fault::new(504, "expected 'channel.open'"))),
+                    Ok(view) => {
+                        let how = settlement(&view);
+                        if *run_kind.get_or_insert(how) != how {
+                            break;
+                        }
+                        let settled = match &mut settler {
+                            Some(settler) => settler.settle(view.delivery_tag, view.multiple, &mut batch),
+                            None if is_tx && working => self.settle_in_tx(number, &view, how),
+                            None => Ok(()),
+                        };
+                        if let Err(UnknownDeliveryTag(tag)) = settled {
+                            failure = Some(at(Fault::new(406, format!("unknown delivery tag {tag}"))));
+                        }
+                    }
+                }
+                *used += frame.wire_len();
+                methods += 1;
+            }
+        }
+        self.settling = batch;
+        self.apply_settlements(run_kind.unwrap_or(Settlement::Done), false);
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn settle_in_tx(&mut self, number: u16, view: &SettleView, how: Settlement) -> Result<(), UnknownDeliveryTag> {
+        let mut taken = Vec::new();
+        self.outbox.settler(number).take(view.delivery_tag, view.multiple, &mut taken)?;
+        if let Some(Channel { mode: Mode::Tx(transaction), .. }) = self.channels.get_mut(number) {
+            transaction.settle(how, taken);
+        }
+        Ok(())
+    }
+
+    /// Applies what [`Session::settling`] holds. With `durably`, answers the round that makes it durable.
+    pub(super) fn apply_settlements(&mut self, how: Settlement, durably: bool) -> Round {
+        if self.settling.is_empty() {
+            return 0;
+        }
+        let mut batch = std::mem::take(&mut self.settling);
+        let (mut start, mut round) = (0, 0);
+        for (queue, consumer, end) in batch.runs.drain(..) {
+            queue.settle(consumer, &batch.deliveries[start..end], how, &mut self.effects);
+            start = end;
+            if durably {
+                round = round.max(queue.settle_round());
+            }
+        }
+        for (queue, consumer) in batch.unblocked.drain(..) {
+            queue.unblock(consumer, &mut self.effects);
+        }
+        batch.clear();
+        self.settling = batch;
+        round
+    }
+}
+
+fn undecodable(payload: &[u8]) -> Fault {
+    let octets: Vec<String> = payload.iter().skip(4).map(u8::to_string).collect();
+    Fault::Connection(CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(","))))
+}

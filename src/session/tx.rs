@@ -1,0 +1,122 @@
+//! `tx`: publishes and settlements of a channel, held back until commit, then applied in one round.
+
+use amq_protocol::protocol::{AMQPClass, tx};
+use bytes::Bytes;
+
+use super::{
+    channel::{CachedRoute, Channel, Mode},
+    close::Fault,
+    connection::{Answer, Session},
+    publish::publish_to,
+    unacked::Unacked,
+};
+use crate::broker::{Body, Message, Round, SHARED_BODY_BYTES, Settlement};
+
+/// A publish that waits for its commit. It was routed when it was published, as in RabbitMQ.
+pub struct TxPublish {
+    route: CachedRoute,
+    names: Vec<u8>,
+    properties: Vec<u8>,
+    body: Bytes,
+    persistent: bool,
+    mandatory: bool,
+}
+
+impl TxPublish {
+    pub fn new(route: CachedRoute, message: &Message<'_>, mandatory: bool) -> Self {
+        TxPublish {
+            route,
+            names: message.names.to_vec(),
+            properties: message.properties.to_vec(),
+            body: match message.body {
+                Body::Inline(body) => Bytes::copy_from_slice(body),
+                Body::Shared(body) => body.clone(),
+            },
+            persistent: message.persistent,
+            mandatory,
+        }
+    }
+
+    fn message(&self) -> Message<'_> {
+        let body = if self.body.len() < SHARED_BODY_BYTES { Body::Inline(&self.body) } else { Body::Shared(&self.body) };
+        Message { names: &self.names, properties: &self.properties, body, persistent: self.persistent }
+    }
+}
+
+/// What a commit will do.
+#[derive(Default)]
+pub struct Transaction {
+    publishes: Vec<TxPublish>,
+    settlements: Vec<(Settlement, Vec<Unacked>)>,
+}
+
+impl Transaction {
+    pub fn publish(&mut self, publish: TxPublish) {
+        self.publishes.push(publish);
+    }
+
+    pub fn settle(&mut self, how: Settlement, taken: Vec<Unacked>) {
+        self.settlements.push((how, taken));
+    }
+}
+
+impl Session {
+    fn transaction(&mut self, number: u16) -> Result<&mut Transaction, Fault> {
+        match self.channels.get_mut(number) {
+            Some(Channel { mode: Mode::Tx(transaction), .. }) => Ok(transaction),
+            _ => Err(Fault::new(406, "channel is not transactional")),
+        }
+    }
+
+    pub(super) fn on_tx(&mut self, number: u16, method: &tx::AMQPMethod) -> Result<Answer, Fault> {
+        match method {
+            tx::AMQPMethod::Select(_) => {
+                let Some(channel) = self.channels.get_mut(number) else { return Ok(Answer::None) };
+                match channel.mode {
+                    Mode::Confirm { .. } => return Err(Fault::new(406, "cannot switch from confirm to tx mode")),
+                    Mode::Plain => channel.mode = Mode::Tx(Box::default()),
+                    Mode::Tx(_) => {}
+                }
+                Ok(Answer::Now(AMQPClass::Tx(tx::AMQPMethod::SelectOk(tx::SelectOk {}))))
+            }
+            tx::AMQPMethod::Commit(_) => {
+                let transaction = std::mem::take(self.transaction(number)?);
+                self.commit(number, transaction)
+            }
+            tx::AMQPMethod::Rollback(_) => {
+                let transaction = std::mem::take(self.transaction(number)?);
+                for (_, taken) in transaction.settlements {
+                    self.outbox.restore_unacked(number, taken);
+                }
+                Ok(Answer::Now(AMQPClass::Tx(tx::AMQPMethod::RollbackOk(tx::RollbackOk {}))))
+            }
+            _ => Err(Fault::new(503, "unimplemented method")),
+        }
+    }
+
+    fn commit(&mut self, number: u16, transaction: Transaction) -> Result<Answer, Fault> {
+        if let (Some(reason), true) = (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.persistent)) {
+            tracing::warn!(reason, "transaction refused");
+            return Err(Fault::new(406, "partial tx completion"));
+        }
+        let mut round: Round = 0;
+        {
+            let broker = self.broker.clone();
+            let _one_round = broker.atomic();
+            for publish in &transaction.publishes {
+                let message = publish.message();
+                if publish.route.is_empty() && publish.mandatory {
+                    self.outbox.return_message(number, &message);
+                }
+                round = round.max(publish_to(&publish.route, &message, &mut self.effects));
+            }
+            for (how, taken) in &transaction.settlements {
+                self.outbox.settle_taken(number, taken, &mut self.settling);
+                round = round.max(self.apply_settlements(*how, true));
+            }
+        }
+        self.carry_out();
+        let answer = AMQPClass::Tx(tx::AMQPMethod::CommitOk(tx::CommitOk {}));
+        Ok(Answer::After(round, Some(answer)))
+    }
+}

@@ -1,0 +1,88 @@
+//! Column families and the keys in them. All numbers are big-endian, so that key order is number order.
+//!
+//! | family     | key                                   | value                                            |
+//! |------------|---------------------------------------|--------------------------------------------------|
+//! | `meta`     | 0x00 and a name                       | the store's own records: format, reserved ids    |
+//! | `meta`     | 0x01 and the definition's key         | the definition, as the broker encoded it         |
+//! | `log`      | queue id, position of the first record| a run of records, see [`run`](super::run)        |
+//! | `state`    | queue id                              | see [`recovery`](super::recovery)                |
+//! | `consumed` | queue id, segment                     | the segment's consumed ranges, see [`recovery`](super::recovery) |
+//!
+//! Records that were paged out and need not survive have a database of their own, see [`pages`](super::pages); its keys
+//! and values are those of `log`.
+
+use super::{QueueId, QueueSeq};
+
+/// The names of the column families. `default` exists because RocksDB wants it, and is empty.
+pub(super) const META: &str = "meta";
+pub(super) const LOG: &str = "log";
+pub(super) const STATE: &str = "state";
+pub(super) const CONSUMED: &str = "consumed";
+
+/// `meta`: the version of the whole layout, as 8 bytes.
+pub(super) const FORMAT_KEY: &[u8] = b"\x00format";
+/// `meta`: every queue id below this number (8 bytes) may have been given out.
+pub(super) const RESERVED_IDS_KEY: &[u8] = b"\x00reserved_queue_ids";
+/// `meta`: what stands before a definition's own key.
+pub(super) const DEFINITION_PREFIX: u8 = 1;
+
+/// Key of a run (`log`, `pages`), or of a segment's consumed ranges (`consumed`, with the segment as `number`).
+pub(super) fn numbered(queue: QueueId, number: u64) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&queue.0.to_be_bytes());
+    key[8..].copy_from_slice(&number.to_be_bytes());
+    key
+}
+
+/// The inverse of [`numbered`], or nothing if `key` was not made by it.
+pub(super) fn parse_numbered(key: &[u8]) -> Option<(QueueId, u64)> {
+    let (queue, number) = key.split_at_checked(8)?;
+    Some((parse_queue(queue)?, u64::from_be_bytes(number.try_into().ok()?)))
+}
+
+/// Key of a queue's state record, and the first possible key of everything the queue has.
+pub(super) fn queue(queue: QueueId) -> [u8; 8] {
+    queue.0.to_be_bytes()
+}
+
+/// The inverse of [`queue`].
+pub(super) fn parse_queue(key: &[u8]) -> Option<QueueId> {
+    Some(QueueId(u64::from_be_bytes(key.try_into().ok()?)))
+}
+
+/// The first key that is past everything the queue has. Ids never get near `u64::MAX`.
+pub(super) fn after_queue(queue: QueueId) -> [u8; 8] {
+    queue.0.saturating_add(1).to_be_bytes()
+}
+
+/// Key of a definition.
+pub(super) fn definition(key: &[u8]) -> Vec<u8> {
+    let mut prefixed = Vec::with_capacity(key.len() + 1);
+    prefixed.push(DEFINITION_PREFIX);
+    prefixed.extend_from_slice(key);
+    prefixed
+}
+
+/// The first position of the segment that holds `seq`.
+pub(super) fn segment_start(seq: QueueSeq) -> QueueSeq {
+    seq - seq % super::SEGMENT_RECORDS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_sort_by_queue_then_position_and_stay_within_their_queue() {
+        let keys: Vec<_> = [(1, 0), (1, 255), (1, 256), (2, 0), (256, 1)]
+            .map(|(id, seq)| numbered(QueueId(id), seq))
+            .into();
+        assert!(keys.is_sorted());
+        assert!(queue(QueueId(1)).as_slice() <= keys[0].as_slice());
+        assert!(after_queue(QueueId(1)).as_slice() <= keys[3].as_slice());
+        assert!(keys[2].as_slice() < after_queue(QueueId(1)).as_slice());
+        assert_eq!(parse_numbered(&keys[4]), Some((QueueId(256), 1)));
+        assert_eq!(parse_numbered(b"short"), None);
+        assert_eq!(parse_numbered(&[0; 17]), None);
+    }
+}

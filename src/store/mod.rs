@@ -1,0 +1,396 @@
+//! Durable bytes by (queue, position): rounds, definitions, read-back and recovery. Knows nothing of AMQP.
+//!
+//! # Ownership
+//! One [`Store`] a data directory. Its commit thread is the only writer. Queues are [`RoundSource`]s: they are
+//! marked dirty under their own lock and drained by the commit thread, which then writes one `WriteBatch`, syncs
+//! the WAL once and advances the [`Watermark`].
+//!
+//! # Invariants
+//! - S1: what a source holds when [`Store::mark_dirty`] answers round `r` is in round `r` or an earlier one.
+//! - S2: the watermark passes `r` only after the round `r` was synced, or is recorded as failed.
+//! - S3: everything that happens under one [`AtomicSection`] is in one round.
+//!
+//! - S4: after a failed write or sync every later round fails as well; what a failed `fsync` left behind is unknown.
+//! - S5: an id that anything was ever written under is not given out again.
+//!
+//! # Locks
+//! The gate of [`AtomicSection`] comes before the locks of sources; the store's own locks are leaves. A source may
+//! call [`Store::mark_dirty`] and [`Store::when_durable`] while it is locked, and from [`RoundSource::drain`].
+//!
+//! # Units
+//! Sizes in bytes, positions in records from the queue's birth.
+//!
+//! # Elsewhere
+//! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets). RocksDB and its options:
+//! `rocks`. Paged-out records: `pages`. Reading back: `read`. The commit thread: `commit`; what a round holds: `round`; who waits: `watermark`.
+
+mod commit;
+mod error;
+mod key;
+mod pages;
+mod read;
+mod recovery;
+mod rocks;
+mod round;
+mod run;
+#[cfg(test)]
+mod tests;
+mod watermark;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+pub use commit::AtomicSection;
+pub use error::StoreError;
+pub use round::RoundBuilder;
+
+use commit::Committer;
+use rocks::Rocks;
+use round::Operation;
+use watermark::run_guarded;
+
+/// The identity of a queue on disk; never used twice in one data directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueId(pub u64);
+
+/// The position of a record in its queue's log, counted from 0 at the queue's birth.
+pub type QueueSeq = u64;
+
+/// Records per segment. A run on disk never crosses a segment border, so that consumed segments can be deleted
+/// by key range without touching a live record.
+pub const SEGMENT_RECORDS: u64 = 4096;
+
+/// The number of a round. 0 is before every round: it is always durable.
+pub type Round = u64;
+
+/// What a durable queue must know at start without reading a message.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStateRecord {
+    /// Every position before it is consumed.
+    pub head: QueueSeq,
+    /// Every position at or after it was never handed to a consumer.
+    pub delivered: QueueSeq,
+    /// The position the next record gets.
+    pub tail: QueueSeq,
+    /// Durable records that are not consumed, and the sum of their body bytes.
+    pub message_count: u64,
+    pub message_bytes: u64,
+}
+
+/// Something whose changes the commit thread collects.
+pub trait RoundSource: Send + Sync {
+    /// Moves all changes since the last call into `round`. Called by the commit thread, at most once per round.
+    fn drain(&self, round: &mut RoundBuilder);
+
+    /// Tells how the round ended that the last [`RoundSource::drain`] contributed to. Called by the commit thread before
+    /// the watermark moves.
+    fn round_ended(&self, committed: bool);
+}
+
+/// Someone who wants to hear that the watermark has reached a round.
+pub trait WatermarkListener: Send + Sync {
+    /// Called by the commit thread (or at once by the registering thread) with the new watermark.
+    fn on_watermark(&self, watermark: Round);
+}
+
+/// Sees every round just before it is written and synced. For tests: it may take its time, which holds the round
+/// back, and an error fails the round.
+pub trait CommitHook: Send + Sync {
+    /// Called by the commit thread, which holds no lock meanwhile.
+    fn before_sync(&self, round: Round) -> Result<(), String>;
+}
+
+/// How a store is opened. The default has no path, and sizes for an idle broker of less than 40 MB.
+#[derive(Clone)]
+pub struct StoreOptions {
+    /// The data directory. Created if it does not exist.
+    pub path: PathBuf,
+    /// What reading may keep in memory.
+    pub block_cache_bytes: usize,
+    /// What was written and is not yet in a table file, in memory. Bounds the WAL too, at four times this.
+    pub write_buffer_bytes: usize,
+    /// Whether a round is synced to the disk (`true`), or only handed to the operating system.
+    pub sync: bool,
+    /// How long a round that nobody waits for may gather.
+    pub linger: Duration,
+    pub hook: Option<Arc<dyn CommitHook>>,
+}
+
+impl Default for StoreOptions {
+    fn default() -> StoreOptions {
+        StoreOptions {
+            path: PathBuf::new(),
+            block_cache_bytes: 8 * 1024 * 1024,
+            write_buffer_bytes: 16 * 1024 * 1024,
+            sync: true,
+            linger: Duration::from_millis(3),
+            hook: None,
+        }
+    }
+}
+
+/// What was found at open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// In the order of their keys.
+    pub definitions: Vec<(Vec<u8>, Vec<u8>)>,
+    /// In the order of the ids.
+    pub states: Vec<(QueueId, QueueStateRecord)>,
+    /// The first id that [`Store::allocate_queue_id`] will answer.
+    pub next_queue_id: u64,
+}
+
+/// Counters since the store was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreStats {
+    pub rounds: u64,
+    /// Of `rounds`, those that failed.
+    pub failed_rounds: u64,
+    pub records_written: u64,
+    /// Before RocksDB compresses or compacts anything.
+    pub bytes_written: u64,
+    /// Damaged records, runs, states and consumed sets that reads came across.
+    pub damaged_records: u64,
+}
+
+/// A data directory, open. See the [module](self).
+///
+/// Dropping the last handle shuts the store down.
+pub struct Store {
+    committer: Arc<Committer>,
+    rocks: Arc<Rocks>,
+    queue_ids: Mutex<QueueIds>,
+    commit_thread: Mutex<Option<JoinHandle<()>>>,
+    reader: Mutex<Option<Reader>>,
+}
+
+struct QueueIds {
+    next: u64,
+    /// Ids below it are reserved in a round that is committed before anything under such an id can be.
+    reserved: u64,
+}
+
+/// The one thread that reads for queues that must not wait for the disk.
+struct Reader {
+    jobs: mpsc::Sender<Box<dyn FnOnce() + Send>>,
+    thread: JoinHandle<()>,
+}
+
+impl Store {
+    /// Opens a data directory, creating what is missing, and starts the store's two threads.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], or [`StoreError::Open`] with what RocksDB says.
+    pub fn open(options: StoreOptions) -> Result<(Arc<Store>, Recovered), StoreError> {
+        let rocks = Arc::new(Rocks::open(&options)?);
+        let recovered = recovery::recover(&rocks)?;
+        let next = recovered.next_queue_id;
+        let committer = Arc::new(Committer::new(Arc::clone(&rocks), options));
+        let commit_thread = {
+            let committer = Arc::clone(&committer);
+            spawn("store-commit", move || committer.run()).map_err(|error| rocks.open_error(error))?
+        };
+        let (jobs, accepted) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let thread = spawn("store-reader", move || {
+            for job in accepted {
+                run_guarded("a read of a queue", job);
+            }
+        });
+        let thread = thread.map_err(|error| {
+            committer.stop(true);
+            rocks.open_error(error)
+        })?;
+        let store = Store {
+            committer,
+            rocks,
+            queue_ids: Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK }),
+            commit_thread: Mutex::new(Some(commit_thread)),
+            reader: Mutex::new(Some(Reader { jobs, thread })),
+        };
+        Ok((Arc::new(store), recovered))
+    }
+
+    /// An id that no queue of this data directory has had (S5).
+    pub fn allocate_queue_id(&self) -> QueueId {
+        let mut ids = self.queue_ids.lock();
+        let id = ids.next;
+        ids.next += 1;
+        if ids.next >= ids.reserved {
+            ids.reserved = ids.next + recovery::ID_BLOCK;
+            let value = ids.reserved.to_be_bytes().to_vec();
+            self.committer.operate(Operation::PutMeta { key: key::RESERVED_IDS_KEY.to_vec(), value });
+        }
+        QueueId(id)
+    }
+
+    /// Has `source` drained into the open round, and answers that round (S1).
+    ///
+    /// The caller holds the source's own lock, and does not call again before the source was drained.
+    pub fn mark_dirty(&self, source: Arc<dyn RoundSource>) -> Round {
+        self.committer.mark_dirty(source)
+    }
+
+    /// Writes a definition with the open round. Within a round, definitions and deletions take effect in the order of
+    /// the calls, and after what the sources contribute.
+    pub fn put_definition(&self, key: Vec<u8>, value: Vec<u8>) -> Round {
+        self.committer.operate(Operation::PutMeta { key: key::definition(&key), value })
+    }
+
+    /// Deletes a definition with the open round.
+    pub fn delete_definition(&self, key: Vec<u8>) -> Round {
+        self.committer.operate(Operation::DeleteMeta { key: key::definition(&key) })
+    }
+
+    /// Deletes all that is stored of a queue with the open round, including what its source adds to that round. The
+    /// source adds nothing to later rounds: that would stay for good.
+    pub fn delete_queue(&self, queue: QueueId) -> Round {
+        self.committer.operate(Operation::DeleteQueue { queue })
+    }
+
+    /// The round that is open now; it will be committed, even if it stays empty.
+    pub fn open_round(&self) -> Round {
+        self.committer.open_round()
+    }
+
+    /// Every round up to it is on disk, or has failed (S2).
+    pub fn watermark(&self) -> Round {
+        self.committer.watermark.reached()
+    }
+
+    /// Whether the round is lost. Of use once the watermark has reached it.
+    pub fn is_failed(&self, round: Round) -> bool {
+        self.committer.watermark.is_failed(round)
+    }
+
+    /// Why no round is committed any more, if that is so: the text of the failure that began it.
+    pub fn has_failed(&self) -> Option<String> {
+        self.committer.watermark.failure()
+    }
+
+    /// Has `listener` called once when the watermark reaches `round`, and the round committed without lingering.
+    ///
+    /// # Returns
+    /// False if the watermark is there already; the listener is then not called.
+    pub fn when_durable(&self, round: Round, listener: &Arc<dyn WatermarkListener>) -> bool {
+        if self.watermark() >= round || !self.committer.watermark.register(round, listener) {
+            return false;
+        }
+        self.committer.hurry(round);
+        true
+    }
+
+    /// Waits until the watermark reaches `round`, and has the round committed without lingering.
+    ///
+    /// # Errors
+    /// [`StoreError::RoundFailed`] if the round is not on disk.
+    pub async fn durable(&self, round: Round) -> Result<(), StoreError> {
+        if self.watermark() < round {
+            self.committer.hurry(round);
+        }
+        self.committer.watermark.wait(round).await
+    }
+
+    /// While the section is held, no round ends (S3).
+    pub fn atomic(&self) -> AtomicSection<'_> {
+        self.committer.atomic()
+    }
+
+    /// Calls `each` with the stored records of `from..until`, in order, from log and pages alike. Stops after the
+    /// record with which `max_bytes` are reached.
+    ///
+    /// What is damaged is skipped, counted ([`StoreStats::damaged_records`]) and logged with queue and position.
+    ///
+    /// # Returns
+    /// The end of what was covered: `until`, or the position after the last record.
+    ///
+    /// # Errors
+    /// [`StoreError::Closed`], or [`StoreError::Read`] for a failure that may pass.
+    pub fn read_records(
+        &self,
+        queue: QueueId,
+        from: QueueSeq,
+        until: QueueSeq,
+        max_bytes: usize,
+        each: &mut dyn FnMut(QueueSeq, &[u8]),
+    ) -> Result<QueueSeq, StoreError> {
+        self.rocks.read_records(queue, from, until, max_bytes, each)
+    }
+
+    /// The consumed positions of a queue: half-open ranges, ascending, none touching the next.
+    ///
+    /// # Errors
+    /// As [`Store::read_records`].
+    pub fn read_consumed(&self, queue: QueueId) -> Result<Vec<(QueueSeq, QueueSeq)>, StoreError> {
+        self.rocks.read_consumed(queue)
+    }
+
+    /// Runs `job` on the store's reader thread, after the jobs before it. After [`Store::shutdown`] it is dropped.
+    pub fn spawn_read(&self, job: Box<dyn FnOnce() + Send>) {
+        let jobs = self.reader.lock().as_ref().map(|reader| reader.jobs.clone());
+        if let Some(jobs) = jobs {
+            // Fails only if the thread is gone, and then so is the store.
+            let _ = jobs.send(job);
+        }
+    }
+
+    pub fn stats(&self) -> StoreStats {
+        self.committer.stats()
+    }
+
+    /// Commits what is dirty, runs the reads that were asked for, and closes the data directory. Later calls do
+    /// nothing; later rounds fail.
+    ///
+    /// # Errors
+    /// [`StoreError::RoundFailed`] if the store had failed before, or fails at this last sync.
+    pub fn shutdown(&self) -> Result<(), StoreError> {
+        self.stop(true)
+    }
+
+    /// As a kill would leave it: nothing more is written, and what waits for a round sees it fail.
+    #[cfg(test)]
+    fn abandon(&self) {
+        let _ = self.stop(false);
+    }
+
+    fn stop(&self, commit: bool) -> Result<(), StoreError> {
+        self.committer.stop(commit);
+        if let Some(thread) = self.commit_thread.lock().take() {
+            join(thread);
+        }
+        if let Some(Reader { jobs, thread }) = self.reader.lock().take() {
+            drop(jobs);
+            join(thread);
+        }
+        let round = self.watermark();
+        let failed = |reason| StoreError::RoundFailed { round, reason };
+        self.rocks.close().map_err(|error| failed(error.into_string()))?;
+        match self.has_failed() {
+            Some(reason) if reason != StoreError::Closed.to_string() => Err(failed(reason)),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop(true) {
+            tracing::error!(%error, "the store did not close cleanly");
+        }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)
+}
+
+/// Waits for a thread of the store, unless it is the caller itself (which let go of the last handle).
+fn join(thread: JoinHandle<()>) {
+    if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+        tracing::error!("a thread of the store panicked");
+    }
+}

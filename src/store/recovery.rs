@@ -1,0 +1,220 @@
+//! Opening: the format check, the definitions, the states, and the encodings of the small records.
+//!
+//! Start-up reads `meta` and `state`, never a message, so its time depends on the number of queues alone. Only a queue
+//! whose state record is damaged has its log read, to count what there is.
+//!
+//! # Encodings
+//! - state: version, CRC-32C over queue id and the rest, then head, `delivered - head`, `tail - head`, count, bytes (varints).
+//! - consumed: version, CRC-32C over queue id, segment and the rest, then for each range the distance from the end
+//!   of the one before (the first from the segment's start) and the length (varints).
+
+use rocksdb::{ErrorKind, IteratorMode, WriteBatch, WriteOptions};
+
+use super::round::Families;
+use super::rocks::Rocks;
+use super::run::{put_varint, take_varint};
+use super::{QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
+
+/// The layout this module reads and writes.
+pub(super) const FORMAT: u64 = 1;
+
+/// Queue ids are reserved on disk in blocks of this size.
+pub(super) const ID_BLOCK: u64 = 4096;
+
+const STATE_VERSION: u8 = 1;
+const CONSUMED_VERSION: u8 = 1;
+
+/// Reads everything that the broker must know at start, and reserves the first block of queue ids.
+///
+/// # Errors
+/// [`StoreError::UnknownFormat`], or [`StoreError::Open`] if RocksDB cannot read the definitions or the states.
+pub(super) fn recover(rocks: &Rocks) -> Result<Recovered, StoreError> {
+    let found = read_number(rocks, key::FORMAT_KEY)?;
+    if let Some(found) = found.filter(|found| *found != FORMAT) {
+        return Err(StoreError::UnknownFormat { path: rocks.path().to_owned(), found, known: FORMAT });
+    }
+    let definitions = read_definitions(rocks)?;
+    let states = read_states(rocks)?;
+    let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
+    let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
+    reserve(rocks, found.is_none(), next_queue_id + ID_BLOCK)?;
+    Ok(Recovered { definitions, states, next_queue_id })
+}
+
+/// Not synced: what is synced later stands behind it in the WAL, so an id that matters is never without it.
+fn reserve(rocks: &Rocks, fresh: bool, until: u64) -> Result<(), StoreError> {
+    rocks.with(|db| {
+        let families = Families::of(db)?;
+        let mut batch = WriteBatch::default();
+        if fresh {
+            batch.put_cf(families.meta, key::FORMAT_KEY, FORMAT.to_be_bytes());
+        }
+        batch.put_cf(families.meta, key::RESERVED_IDS_KEY, until.to_be_bytes());
+        db.write_opt(batch, &WriteOptions::default()).map_err(|error| rocks.open_error(error))
+    })
+}
+
+fn read_number(rocks: &Rocks, name: &[u8]) -> Result<Option<u64>, StoreError> {
+    rocks.with(|db| {
+        let value = db.get_pinned_cf(Families::of(db)?.meta, name).map_err(|error| rocks.open_error(error))?;
+        let Some(value) = value else { return Ok(None) };
+        let Ok(bytes) = <[u8; 8]>::try_from(&*value) else {
+            return Err(rocks.open_error("its own records in 'meta' are damaged"));
+        };
+        Ok(Some(u64::from_be_bytes(bytes)))
+    })
+}
+
+fn read_definitions(rocks: &Rocks) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+    rocks.with(|db| {
+        let from = [key::DEFINITION_PREFIX];
+        let mode = IteratorMode::From(&from, rocksdb::Direction::Forward);
+        let mut definitions = Vec::new();
+        for entry in db.iterator_cf(Families::of(db)?.meta, mode) {
+            let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
+            if let Some((&key::DEFINITION_PREFIX, key)) = key.split_first() {
+                definitions.push((key.to_vec(), value.into_vec()));
+            }
+        }
+        Ok(definitions)
+    })
+}
+
+fn read_states(rocks: &Rocks) -> Result<Vec<(QueueId, QueueStateRecord)>, StoreError> {
+    let (mut states, mut damaged) = (Vec::new(), Vec::new());
+    rocks.with(|db| {
+        for entry in db.iterator_cf(Families::of(db)?.state, IteratorMode::Start) {
+            let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
+            let Some(queue) = key::parse_queue(&key) else {
+                tracing::error!(key = ?key, "a record in 'state' belongs to no queue; it is ignored");
+                rocks.count_damage();
+                continue;
+            };
+            match decode_state(queue, &value) {
+                Some(state) => states.push((queue, state)),
+                None => damaged.push(queue),
+            }
+        }
+        Ok(())
+    })?;
+    for queue in damaged {
+        rocks.count_damage();
+        let state = rebuild_state(rocks, queue)?;
+        tracing::error!(
+            queue = queue.0,
+            messages = state.message_count,
+            "the state record of a queue is damaged; it was rebuilt from the queue's log"
+        );
+        states.push((queue, state));
+    }
+    states.sort_unstable_by_key(|(queue, _)| *queue);
+    Ok(states)
+}
+
+/// What a log without a state record amounts to. Errs towards delivering again: what was consumed of the first
+/// segment comes back, and everything counts as delivered before. Sizes are those of the records.
+fn rebuild_state(rocks: &Rocks, queue: QueueId) -> Result<QueueStateRecord, StoreError> {
+    let consumed = rocks.read_consumed(queue)?;
+    let mut state = QueueStateRecord::default();
+    let mut first = None;
+    rocks.read_records(queue, 0, QueueSeq::MAX, usize::MAX, &mut |seq, record| {
+        state.tail = seq + 1;
+        let after = consumed.partition_point(|(from, _)| *from <= seq);
+        if after > 0 && seq < consumed[after - 1].1 {
+            return;
+        }
+        first.get_or_insert(seq);
+        state.message_count += 1;
+        state.message_bytes += record.len() as u64;
+    })?;
+    if let Some((_, until)) = consumed.last() {
+        state.tail = state.tail.max(*until);
+    }
+    state.head = first.unwrap_or(state.tail);
+    state.delivered = state.tail;
+    Ok(state)
+}
+
+/// Whether a read failed because of what is on the disk, and will fail again.
+pub(super) fn is_damage(error: &rocksdb::Error) -> bool {
+    match error.kind() {
+        ErrorKind::Corruption => true,
+        ErrorKind::IOError => error.as_ref().contains("Input/output error"),
+        _ => false,
+    }
+}
+
+pub(super) fn encode_state(queue: QueueId, state: &QueueStateRecord) -> Vec<u8> {
+    let mut value = begin(STATE_VERSION);
+    put_varint(&mut value, state.head);
+    put_varint(&mut value, state.delivered.saturating_sub(state.head));
+    put_varint(&mut value, state.tail.saturating_sub(state.head));
+    put_varint(&mut value, state.message_count);
+    put_varint(&mut value, state.message_bytes);
+    seal(value, &key::queue(queue))
+}
+
+fn decode_state(queue: QueueId, value: &[u8]) -> Option<QueueStateRecord> {
+    let mut rest = open(value, STATE_VERSION, &key::queue(queue))?;
+    let head = take_varint(&mut rest)?;
+    let state = QueueStateRecord {
+        head,
+        delivered: head.checked_add(take_varint(&mut rest)?)?,
+        tail: head.checked_add(take_varint(&mut rest)?)?,
+        message_count: take_varint(&mut rest)?,
+        message_bytes: take_varint(&mut rest)?,
+    };
+    rest.is_empty().then_some(state)
+}
+
+pub(super) fn encode_consumed(queue: QueueId, segment: u64, ranges: &[(QueueSeq, QueueSeq)]) -> Vec<u8> {
+    let mut value = begin(CONSUMED_VERSION);
+    let mut end = segment.saturating_mul(SEGMENT_RECORDS);
+    for &(from, until) in ranges {
+        put_varint(&mut value, from.saturating_sub(end));
+        put_varint(&mut value, until.saturating_sub(from));
+        end = until;
+    }
+    seal(value, &key::numbered(queue, segment))
+}
+
+/// Appends a segment's ranges to `ranges`; `None` (and nothing appended) if the value is damaged.
+pub(super) fn decode_consumed(
+    queue: QueueId,
+    segment: u64,
+    value: &[u8],
+    ranges: &mut Vec<(QueueSeq, QueueSeq)>,
+) -> Option<()> {
+    let mut rest = open(value, CONSUMED_VERSION, &key::numbered(queue, segment))?;
+    let mut decoded = Vec::new();
+    let mut end = segment.checked_mul(SEGMENT_RECORDS)?;
+    while !rest.is_empty() {
+        let from = end.checked_add(take_varint(&mut rest)?)?;
+        end = from.checked_add(take_varint(&mut rest)?)?;
+        decoded.push((from, end));
+    }
+    ranges.extend(decoded);
+    Some(())
+}
+
+/// A version byte and room for the checksum.
+fn begin(version: u8) -> Vec<u8> {
+    let mut value = Vec::with_capacity(32);
+    value.extend_from_slice(&[version, 0, 0, 0, 0]);
+    value
+}
+
+/// Fills in the checksum over `key` and what follows.
+fn seal(mut value: Vec<u8>, key: &[u8]) -> Vec<u8> {
+    let crc = crc32c::crc32c_append(crc32c::crc32c(key), &value[5..]);
+    value[1..5].copy_from_slice(&crc.to_le_bytes());
+    value
+}
+
+/// What [`seal`] protects, if it is intact.
+fn open<'a>(value: &'a [u8], version: u8, key: &[u8]) -> Option<&'a [u8]> {
+    let (&found, rest) = value.split_first()?;
+    let (crc, rest) = rest.split_first_chunk::<4>()?;
+    let intact = crc32c::crc32c_append(crc32c::crc32c(key), rest) == u32::from_le_bytes(*crc);
+    (found == version && intact).then_some(rest)
+}

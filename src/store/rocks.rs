@@ -1,0 +1,247 @@
+//! The database: its column families, how RocksDB is set up for a log that is eaten from the front, and closing.
+//!
+//! # Why these options
+//! - *The WAL is preallocated and recycled*: a sync on blocks that were written before is a bare `fdatasync`, with
+//!   no journal commit for a changed file size. Recycling demands point-in-time recovery, which is what a log wants
+//!   anyway: after a kill, everything up to the first torn record is there.
+//! - *Values from [`MIN_BLOB_BYTES`] go to blob files*: compaction then moves keys only, and a blob file whose runs
+//!   are all deleted is dropped without being read. The LSM tree of a log of 10 GB is a few megabytes.
+//! - *Nothing is flushed at open or close*: memtables are small and the WAL is bounded, so replaying it costs less
+//!   than the flush would.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+use rocksdb::{
+    BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, InfoLogger, LogLevel,
+    Options, WriteBatch, WriteBufferManager, WriteOptions,
+};
+
+use super::pages::Pages;
+use super::round::{Families, RoundBuilder};
+use super::{StoreError, StoreOptions, key};
+
+/// Runs of at least this size are kept apart from their keys.
+const MIN_BLOB_BYTES: u64 = 4 * 1024;
+
+/// Blob files are closed at this size (or when the memtable that is flushed ends).
+const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// WAL files kept for reuse. One is open, and a flush frees them one or two at a time.
+const RECYCLED_WALS: usize = 4;
+
+/// Table and blob files that are kept open.
+const OPEN_FILES: i32 = 512;
+
+/// Options that the `rocksdb` crate has no functions for.
+const UNBOUND_OPTIONS: &str = "avoid_flush_during_recovery=true;avoid_flush_during_shutdown=true";
+
+/// The database of a store, until it is closed.
+pub(super) struct Rocks {
+    path: PathBuf,
+    db: RwLock<Option<DB>>,
+    pages: Pages,
+    damaged: AtomicU64,
+    sync: bool,
+}
+
+impl Rocks {
+    /// Opens the database, creating it or its column families where they do not exist, and throws away what was paged out.
+    ///
+    /// # Errors
+    /// [`StoreError::InUse`] or [`StoreError::Open`].
+    pub fn open(options: &StoreOptions) -> Result<Rocks, StoreError> {
+        let path = options.path.clone();
+        let failed = |error: rocksdb::Error| open_error(&path, error);
+        let cache = Cache::new_lru_cache(options.block_cache_bytes);
+        let buffers = WriteBufferManager::new_write_buffer_manager(options.write_buffer_bytes, false);
+        let mut base = database_options(&buffers).map_err(failed)?;
+        log_options(&mut base, options);
+        let known = known_families(options, &cache);
+        let mut families: Vec<_> = known.iter().map(|(name, options)| (*name, options.clone())).collect();
+        let existing = if path.join("CURRENT").exists() { DB::list_cf(&base, &path).map_err(failed)? } else { vec![] };
+        // A later version's families are opened as well, so that it is the format record that gets to refuse them.
+        families.extend(
+            existing
+                .iter()
+                .filter(|name| !known.iter().any(|(known, _)| known == name))
+                .map(|name| (name.as_str(), small_family(options, &cache))),
+        );
+        let descriptors = families.into_iter().map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
+        let db = DB::open_cf_descriptors(&base, &path, descriptors).map_err(failed)?;
+        let pages_base = database_options(&buffers).map_err(failed)?;
+        let pages = Pages::new(&path, pages_base, log_family(options, &cache));
+        Ok(Rocks {
+            path,
+            db: RwLock::new(Some(db)),
+            pages,
+            damaged: AtomicU64::new(0),
+            sync: options.sync,
+        })
+    }
+
+    /// Runs `work` on the open database; it stays open for so long.
+    ///
+    /// # Errors
+    /// [`StoreError::Closed`], and what `work` answers.
+    pub fn with<T>(&self, work: impl FnOnce(&DB) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        work(self.db.read().as_ref().ok_or(StoreError::Closed)?)
+    }
+
+    /// Writes a round: first its pages, then everything else in one batch, synced if the store is to sync. `before_sync`
+    /// is called between the two. Answers the bytes of the batch.
+    ///
+    /// # Errors
+    /// The text of the failure. What is on disk of the batch is then unknown.
+    pub fn write(
+        &self,
+        round: &mut RoundBuilder,
+        before_sync: impl FnOnce() -> Result<(), String>,
+    ) -> Result<usize, String> {
+        let page_bytes = self.pages.write(round).map_err(|error| format!("paging out: {error}"))?;
+        let guard = self.db.read();
+        let db = guard.as_ref().ok_or_else(|| StoreError::Closed.to_string())?;
+        let families = Families::of(db).map_err(|error| error.to_string())?;
+        before_sync()?;
+        let batch = round.log_batch(&families);
+        let bytes = batch.size_in_bytes();
+        if !batch.is_empty() {
+            self.write_batch(db, batch).map_err(|error| format!("writing and syncing the log: {error}"))?;
+        }
+        Ok(bytes + page_bytes)
+    }
+
+    fn write_batch(&self, db: &DB, batch: WriteBatch) -> Result<(), rocksdb::Error> {
+        let mut options = WriteOptions::default();
+        options.set_sync(self.sync);
+        db.write_opt(batch, &options)
+    }
+
+    pub fn pages(&self) -> &Pages {
+        &self.pages
+    }
+
+    /// Waits for running reads and closes the database, with everything that was written synced.
+    ///
+    /// # Errors
+    /// What the last sync said. The database is closed all the same.
+    pub fn close(&self) -> Result<(), rocksdb::Error> {
+        let Some(db) = self.db.write().take() else { return Ok(()) };
+        let synced = if self.sync { Ok(()) } else { db.flush_wal(true) };
+        self.pages.close();
+        db.cancel_all_background_work(true);
+        synced
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// [`StoreError::Open`] for this database.
+    pub fn open_error(&self, reason: impl Display) -> StoreError {
+        StoreError::Open { path: self.path.clone(), reason: reason.to_string() }
+    }
+
+    pub fn count_damage(&self) {
+        self.damaged.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn damaged(&self) -> u64 {
+        self.damaged.load(Ordering::Relaxed)
+    }
+}
+
+/// RocksDB has no error code of its own for a lock that somebody else holds.
+fn open_error(path: &Path, error: rocksdb::Error) -> StoreError {
+    let reason = error.into_string();
+    let locked = reason.contains("lock hold by current process")
+        || (reason.contains("While lock file") && reason.contains("temporarily unavailable"));
+    if locked { StoreError::InUse { path: path.to_owned() } } else { StoreError::Open { path: path.to_owned(), reason } }
+}
+
+fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, Options)> {
+    let small = || small_family(options, cache);
+    vec![
+        ("default", small()),
+        (key::META, small()),
+        (key::LOG, log_family(options, cache)),
+        (key::STATE, small()),
+        (key::CONSUMED, small()),
+    ]
+}
+
+/// What both databases are opened with.
+fn database_options(buffers: &WriteBufferManager) -> Result<Options, rocksdb::Error> {
+    let mut base = Options::default().get_options_from_string(UNBOUND_OPTIONS)?;
+    base.create_if_missing(true);
+    base.create_missing_column_families(true);
+    base.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Warn, |level, text| match level {
+        LogLevel::Error | LogLevel::Fatal => tracing::error!(target: "leveret::store::rocksdb", "{}", text.trim()),
+        LogLevel::Warn => tracing::warn!(target: "leveret::store::rocksdb", "{}", text.trim()),
+        _ => {}
+    }));
+    base.set_log_level(LogLevel::Warn);
+    base.set_write_buffer_manager(buffers);
+    // One thread writes, so nothing in the write path needs to be concurrent.
+    base.set_allow_concurrent_memtable_write(false);
+    base.set_enable_write_thread_adaptive_yield(false);
+    base.set_max_background_jobs(2);
+    base.set_max_open_files(OPEN_FILES);
+    base.set_max_file_opening_threads(2);
+    base.set_skip_stats_update_on_db_open(true);
+    base.set_stats_dump_period_sec(0);
+    base.set_stats_persist_period_sec(0);
+    base.set_bytes_per_sync(1024 * 1024);
+    base.set_manifest_preallocation_size(64 * 1024);
+    base.set_max_manifest_file_size(16 * 1024 * 1024);
+    Ok(base)
+}
+
+/// The WAL of the durable database.
+fn log_options(base: &mut Options, options: &StoreOptions) {
+    base.set_recycle_log_file_num(RECYCLED_WALS);
+    base.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    base.set_max_total_wal_size(4 * options.write_buffer_bytes as u64);
+}
+
+fn log_family(options: &StoreOptions, cache: &Cache) -> Options {
+    let mut family = Options::default();
+    family.set_write_buffer_size(options.write_buffer_bytes / 2);
+    family.set_max_write_buffer_number(4);
+    family.set_compression_type(DBCompressionType::Lz4);
+    family.set_level_compaction_dynamic_level_bytes(true);
+    family.set_target_file_size_base(32 * 1024 * 1024);
+    family.set_max_bytes_for_level_base(128 * 1024 * 1024);
+    family.set_enable_blob_files(true);
+    family.set_min_blob_size(MIN_BLOB_BYTES);
+    family.set_blob_file_size(BLOB_FILE_BYTES);
+    family.set_blob_compression_type(DBCompressionType::Lz4);
+    family.set_enable_blob_gc(true);
+    family.set_blob_gc_age_cutoff(0.5);
+    family.set_blob_gc_force_threshold(0.7);
+    family.set_block_based_table_factory(&table_options(cache, 16 * 1024));
+    family
+}
+
+/// For families whose records are few or small, and overwritten or deleted soon.
+fn small_family(options: &StoreOptions, cache: &Cache) -> Options {
+    let mut family = Options::default();
+    family.set_write_buffer_size(options.write_buffer_bytes / 4);
+    family.set_compression_type(DBCompressionType::Lz4);
+    family.set_target_file_size_base(8 * 1024 * 1024);
+    family.set_max_bytes_for_level_base(32 * 1024 * 1024);
+    family.set_block_based_table_factory(&table_options(cache, 4 * 1024));
+    family
+}
+
+/// Index and filter blocks count against the one block cache, so that it bounds what reading costs in memory.
+fn table_options(cache: &Cache, block_bytes: usize) -> BlockBasedOptions {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_block_size(block_bytes);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table
+}

@@ -1,0 +1,265 @@
+//! What one round will write, gathered from its sources before a single `WriteBatch` is made of it.
+
+use rocksdb::{ColumnFamily, DB, WriteBatch};
+
+use super::run::{FinishedRun, RunWriter};
+use super::{QueueId, QueueSeq, QueueStateRecord, SEGMENT_RECORDS, StoreError, key, recovery};
+
+/// Buffer that is kept from round to round.
+const KEPT_BYTES: usize = 1024 * 1024;
+
+/// What RocksDB adds to a key and a value in a batch, generously.
+const BATCH_ENTRY_BYTES: usize = 48;
+
+/// Collects the changes of one round. Within a queue, the order of the calls is the order of their effects.
+#[derive(Debug, Default)]
+pub struct RoundBuilder {
+    log: Pile,
+    /// Goes to [`Pages`](super::pages::Pages), before `log` is written.
+    pages: Pile,
+    records: u64,
+}
+
+/// Runs that were finished, and what else is to be done, in order.
+#[derive(Debug, Default)]
+struct Pile {
+    runs: RunWriter,
+    changes: Vec<Change>,
+    /// Bytes of keys and values beside the runs.
+    other_bytes: usize,
+}
+
+#[derive(Debug)]
+enum Change {
+    Run(FinishedRun),
+    State { queue: QueueId, value: Vec<u8> },
+    Consumed { queue: QueueId, segment: u64, value: Option<Vec<u8>> },
+    DeleteSegments { queue: QueueId, from: u64, until: u64 },
+    DeleteQueue { queue: QueueId },
+    PutMeta { key: Vec<u8>, value: Vec<u8> },
+    DeleteMeta { key: Vec<u8> },
+}
+
+/// A change of the definitions, or of the store's own records. Applied after everything the sources contributed.
+#[derive(Debug)]
+pub(super) enum Operation {
+    PutMeta { key: Vec<u8>, value: Vec<u8> },
+    DeleteMeta { key: Vec<u8> },
+    DeleteQueue { queue: QueueId },
+}
+
+impl RoundBuilder {
+    /// An empty round. Only the commit thread and tests have use for it.
+    pub fn new() -> RoundBuilder {
+        RoundBuilder::default()
+    }
+
+    /// Adds a durable record. The positions of one queue ascend, within a round and from round to round; gaps are
+    /// fine. Calls for the same queue should stand next to each other: a change of queue ends the run on disk.
+    ///
+    /// Hot path: once per durable message. Copies `record` once.
+    pub fn append(&mut self, queue: QueueId, seq: QueueSeq, record: &[u8]) {
+        self.records += 1;
+        self.log.append(queue, seq, record);
+    }
+
+    /// Replaces the queue's state.
+    pub fn put_state(&mut self, queue: QueueId, state: &QueueStateRecord) {
+        let value = recovery::encode_state(queue, state);
+        self.log.other_bytes += value.len() + BATCH_ENTRY_BYTES;
+        self.log.changes.push(Change::State { queue, value });
+    }
+
+    /// Replaces the consumed set of a segment: half-open ranges, ascending and merged, all within the segment.
+    /// No ranges at all removes the set.
+    pub fn put_consumed(&mut self, queue: QueueId, segment: u64, ranges: &[(QueueSeq, QueueSeq)]) {
+        let value = (!ranges.is_empty()).then(|| recovery::encode_consumed(queue, segment, ranges));
+        self.log.other_bytes += value.as_ref().map_or(0, Vec::len) + BATCH_ENTRY_BYTES;
+        self.log.changes.push(Change::Consumed { queue, segment, value });
+    }
+
+    /// Deletes whole segments: records, consumed sets and pages. Meant for many segments at once, not for each
+    /// message: every call leaves range tombstones behind until compaction has passed.
+    pub fn delete_segments(&mut self, queue: QueueId, from_segment: u64, until_segment: u64) {
+        if from_segment >= until_segment {
+            return;
+        }
+        for pile in [&mut self.log, &mut self.pages] {
+            pile.finish_run();
+            pile.other_bytes += 2 * BATCH_ENTRY_BYTES;
+            pile.changes.push(Change::DeleteSegments { queue, from: from_segment, until: until_segment });
+        }
+    }
+
+    /// Moves a record that need not survive a restart out of memory. It can be read when the round has ended.
+    /// The positions of one queue ascend within a round; paging a record out a second time replaces the first.
+    pub fn page_out(&mut self, queue: QueueId, seq: QueueSeq, record: &[u8]) {
+        self.pages.append(queue, seq, record);
+    }
+
+    /// Durable records so far.
+    pub fn record_count(&self) -> u64 {
+        self.records
+    }
+
+    /// Bytes so far, of records and everything else.
+    pub fn byte_count(&self) -> usize {
+        self.log.byte_count() + self.pages.byte_count()
+    }
+
+    pub(super) fn apply(&mut self, operation: Operation) {
+        match operation {
+            Operation::PutMeta { key, value } => {
+                self.log.other_bytes += key.len() + value.len() + BATCH_ENTRY_BYTES;
+                self.log.changes.push(Change::PutMeta { key, value });
+            }
+            Operation::DeleteMeta { key } => {
+                self.log.other_bytes += key.len() + BATCH_ENTRY_BYTES;
+                self.log.changes.push(Change::DeleteMeta { key });
+            }
+            Operation::DeleteQueue { queue } => {
+                for pile in [&mut self.log, &mut self.pages] {
+                    pile.finish_run();
+                    pile.other_bytes += 3 * BATCH_ENTRY_BYTES;
+                    pile.changes.push(Change::DeleteQueue { queue });
+                }
+            }
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.log.clear();
+        self.pages.clear();
+        self.records = 0;
+    }
+
+    /// The durable part of the round, in one batch.
+    pub(super) fn log_batch(&mut self, families: &Families<'_>) -> WriteBatch {
+        self.log.finish_run();
+        let mut batch = WriteBatch::with_capacity_bytes(self.log.byte_count());
+        for change in &self.log.changes {
+            self.log.put(families, change, &mut batch);
+        }
+        batch
+    }
+
+    /// The part of the round that goes to the pages, in one batch. `paged` says of a queue whether anything of it may
+    /// be there already: deleting what is not there would cost a tombstone.
+    pub(super) fn pages_batch(&mut self, paged: &dyn Fn(QueueId) -> bool) -> WriteBatch {
+        self.pages.finish_run();
+        let mut batch = WriteBatch::with_capacity_bytes(self.pages.byte_count());
+        let mut fresh = Vec::new();
+        for change in &self.pages.changes {
+            match change {
+                Change::Run(run) => {
+                    batch.put(key::numbered(run.queue, run.first), self.pages.runs.bytes(run));
+                    fresh.push(run.queue);
+                }
+                Change::DeleteSegments { queue, from, until } if paged(*queue) || fresh.contains(queue) => {
+                    let (from, until) = run_range(*queue, *from, *until);
+                    batch.delete_range(from, until);
+                }
+                Change::DeleteQueue { queue } if paged(*queue) || fresh.contains(queue) => {
+                    batch.delete_range(key::queue(*queue), key::after_queue(*queue));
+                }
+                _ => {}
+            }
+        }
+        batch
+    }
+
+    /// The queues that page something out in this round.
+    pub(super) fn paging_queues(&self) -> impl Iterator<Item = QueueId> {
+        self.pages.changes.iter().filter_map(|change| match change {
+            Change::Run(run) => Some(run.queue),
+            _ => None,
+        })
+    }
+
+    /// The queues that end with this round.
+    pub(super) fn deleted_queues(&self) -> impl Iterator<Item = QueueId> {
+        self.pages.changes.iter().filter_map(|change| match change {
+            Change::DeleteQueue { queue } => Some(*queue),
+            _ => None,
+        })
+    }
+}
+
+impl Pile {
+    fn append(&mut self, queue: QueueId, seq: QueueSeq, record: &[u8]) {
+        if let Some(run) = self.runs.append(queue, seq, record) {
+            self.changes.push(Change::Run(run));
+        }
+    }
+
+    fn finish_run(&mut self) {
+        if let Some(run) = self.runs.finish() {
+            self.changes.push(Change::Run(run));
+        }
+    }
+
+    fn byte_count(&self) -> usize {
+        self.runs.len() + self.other_bytes
+    }
+
+    fn clear(&mut self) {
+        self.runs.clear(KEPT_BYTES);
+        self.changes.clear();
+        self.changes.shrink_to(KEPT_BYTES / size_of::<Change>());
+        self.other_bytes = 0;
+    }
+
+    fn put(&self, families: &Families<'_>, change: &Change, batch: &mut WriteBatch) {
+        match change {
+            Change::Run(run) => batch.put_cf(families.log, key::numbered(run.queue, run.first), self.runs.bytes(run)),
+            Change::State { queue, value } => batch.put_cf(families.state, key::queue(*queue), value),
+            Change::Consumed { queue, segment, value: Some(value) } => {
+                batch.put_cf(families.consumed, key::numbered(*queue, *segment), value);
+            }
+            Change::Consumed { queue, segment, value: None } => {
+                batch.delete_cf(families.consumed, key::numbered(*queue, *segment));
+            }
+            Change::DeleteSegments { queue, from, until } => {
+                let (first, end) = run_range(*queue, *from, *until);
+                batch.delete_range_cf(families.log, first, end);
+                let (first, end) = (key::numbered(*queue, *from), key::numbered(*queue, *until));
+                batch.delete_range_cf(families.consumed, first, end);
+            }
+            Change::DeleteQueue { queue } => {
+                batch.delete_cf(families.state, key::queue(*queue));
+                batch.delete_range_cf(families.log, key::queue(*queue), key::after_queue(*queue));
+                batch.delete_range_cf(families.consumed, key::queue(*queue), key::after_queue(*queue));
+            }
+            Change::PutMeta { key, value } => batch.put_cf(families.meta, key, value),
+            Change::DeleteMeta { key } => batch.delete_cf(families.meta, key),
+        }
+    }
+}
+
+/// The keys of all runs of whole segments.
+fn run_range(queue: QueueId, from_segment: u64, until_segment: u64) -> ([u8; 16], [u8; 16]) {
+    let first = |segment: u64| key::numbered(queue, segment.saturating_mul(SEGMENT_RECORDS));
+    (first(from_segment), first(until_segment))
+}
+
+/// The handles of the column families of an open database.
+pub(super) struct Families<'a> {
+    pub meta: &'a ColumnFamily,
+    pub log: &'a ColumnFamily,
+    pub state: &'a ColumnFamily,
+    pub consumed: &'a ColumnFamily,
+}
+
+impl<'a> Families<'a> {
+    /// # Errors
+    /// [`StoreError::Closed`] if a family is missing, which no opened database is in.
+    pub fn of(db: &'a DB) -> Result<Families<'a>, StoreError> {
+        let family = |name| db.cf_handle(name).ok_or(StoreError::Closed);
+        Ok(Families {
+            meta: family(key::META)?,
+            log: family(key::LOG)?,
+            state: family(key::STATE)?,
+            consumed: family(key::CONSUMED)?,
+        })
+    }
+}

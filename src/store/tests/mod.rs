@@ -1,0 +1,248 @@
+//! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
+
+mod model;
+mod opening;
+mod reading;
+mod rounds;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::*;
+
+/// How long anything may take before a test gives up.
+const LIMIT: Duration = Duration::from_secs(20);
+
+type Records = Vec<(QueueSeq, Vec<u8>)>;
+
+fn options(path: &Path) -> StoreOptions {
+    StoreOptions { path: path.to_owned(), ..StoreOptions::default() }
+}
+
+fn open(path: &Path) -> (Arc<Store>, Recovered) {
+    Store::open(options(path)).unwrap()
+}
+
+fn open_hooked(path: &Path, hook: &Arc<TestHook>) -> Arc<Store> {
+    let hook: Arc<dyn CommitHook> = Arc::clone(hook) as _;
+    Store::open(StoreOptions { hook: Some(hook), ..options(path) }).unwrap().0
+}
+
+/// A durable queue without rules: it holds changes until it is drained.
+struct TestQueue {
+    id: QueueId,
+    state: Mutex<TestQueueState>,
+}
+
+#[derive(Default)]
+struct TestQueueState {
+    changes: Vec<Change>,
+    /// The round that the changes were promised to, while there are any.
+    promised: Option<Round>,
+    endings: Vec<bool>,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Append(QueueSeq, Vec<u8>),
+    Page(QueueSeq, Vec<u8>),
+    State(QueueStateRecord),
+    Consumed(u64, Vec<(QueueSeq, QueueSeq)>),
+    DeleteSegments(u64, u64),
+    Panic,
+}
+
+impl TestQueue {
+    fn new(store: &Store) -> Arc<TestQueue> {
+        TestQueue::with_id(store.allocate_queue_id())
+    }
+
+    fn with_id(id: QueueId) -> Arc<TestQueue> {
+        Arc::new(TestQueue { id, state: Mutex::default() })
+    }
+
+    fn change(self: &Arc<Self>, store: &Store, changes: impl IntoIterator<Item = Change>) -> Round {
+        let mut state = self.state.lock();
+        state.changes.extend(changes);
+        *state.promised.get_or_insert_with(|| store.mark_dirty(Arc::clone(self) as _))
+    }
+
+    fn append(self: &Arc<Self>, store: &Store, seq: QueueSeq, record: &[u8]) -> Round {
+        self.change(store, [Change::Append(seq, record.to_vec())])
+    }
+
+    fn append_all(self: &Arc<Self>, store: &Store, records: &Records) -> Round {
+        self.change(store, records.iter().map(|(seq, record)| Change::Append(*seq, record.clone())))
+    }
+
+    fn endings(&self) -> Vec<bool> {
+        self.state.lock().endings.clone()
+    }
+}
+
+impl RoundSource for TestQueue {
+    fn drain(&self, round: &mut RoundBuilder) {
+        let mut state = self.state.lock();
+        state.promised = None;
+        for change in std::mem::take(&mut state.changes) {
+            match change {
+                Change::Append(seq, record) => round.append(self.id, seq, &record),
+                Change::Page(seq, record) => round.page_out(self.id, seq, &record),
+                Change::State(record) => round.put_state(self.id, &record),
+                Change::Consumed(segment, ranges) => round.put_consumed(self.id, segment, &ranges),
+                Change::DeleteSegments(from, until) => round.delete_segments(self.id, from, until),
+                Change::Panic => panic!("asked for by the test"),
+            }
+        }
+    }
+
+    fn round_ended(&self, committed: bool) {
+        self.state.lock().endings.push(committed);
+    }
+}
+
+/// Holds rounds back, fails them, and remembers them.
+#[derive(Default)]
+struct TestHook {
+    state: Mutex<TestHookState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct TestHookState {
+    held: bool,
+    /// Rounds that came by.
+    seen: Vec<Round>,
+    fail_with: Option<String>,
+}
+
+impl TestHook {
+    fn hold(&self) {
+        self.state.lock().held = true;
+    }
+
+    fn release(&self) {
+        self.state.lock().held = false;
+        self.changed.notify_all();
+    }
+
+    fn fail_with(&self, reason: &str) {
+        self.state.lock().fail_with = Some(reason.to_owned());
+    }
+
+    fn seen(&self) -> Vec<Round> {
+        self.state.lock().seen.clone()
+    }
+
+    /// Waits until the commit thread stands before the sync of `round` or a later one.
+    fn wait_for(&self, round: Round) {
+        let mut state = self.state.lock();
+        while state.seen.last().is_none_or(|seen| *seen < round) {
+            assert!(!self.changed.wait_for(&mut state, LIMIT).timed_out(), "round {round} did not come");
+        }
+    }
+}
+
+impl CommitHook for TestHook {
+    fn before_sync(&self, round: Round) -> Result<(), String> {
+        let mut state = self.state.lock();
+        state.seen.push(round);
+        self.changed.notify_all();
+        while state.held {
+            self.changed.wait(&mut state);
+        }
+        state.fail_with.take().map_or(Ok(()), Err)
+    }
+}
+
+/// Waits for a watermark, and counts the calls.
+#[derive(Default)]
+struct TestListener {
+    calls: Mutex<Vec<Round>>,
+    called: Condvar,
+}
+
+impl WatermarkListener for TestListener {
+    fn on_watermark(&self, watermark: Round) {
+        self.calls.lock().push(watermark);
+        self.called.notify_all();
+    }
+}
+
+/// Waits until the watermark is at `round`, as a confirm would.
+fn wait(store: &Store, round: Round) {
+    let listener = Arc::new(TestListener::default());
+    let dynamic: Arc<dyn WatermarkListener> = Arc::clone(&listener) as _;
+    if store.when_durable(round, &dynamic) {
+        let mut calls = listener.calls.lock();
+        while calls.is_empty() {
+            assert!(!listener.called.wait_for(&mut calls, LIMIT).timed_out(), "round {round} did not end");
+        }
+        assert!(calls[0] >= round);
+    }
+    assert!(store.watermark() >= round);
+}
+
+fn commit(store: &Store, round: Round) {
+    wait(store, round);
+    assert!(!store.is_failed(round), "{:?}", store.has_failed());
+}
+
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "it never happened that {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn read_range(store: &Store, queue: QueueId, from: QueueSeq, until: QueueSeq) -> Records {
+    let mut records = Records::new();
+    let end = store
+        .read_records(queue, from, until, usize::MAX, &mut |seq, record| records.push((seq, record.to_vec())))
+        .unwrap();
+    assert_eq!(end, until);
+    records
+}
+
+fn read_all(store: &Store, queue: QueueId) -> Records {
+    read_range(store, queue, 0, QueueSeq::MAX)
+}
+
+fn numbered(range: std::ops::Range<QueueSeq>) -> Records {
+    range.map(|seq| (seq, format!("record {seq}").into_bytes())).collect()
+}
+
+/// Everything durable that a store holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Contents {
+    definitions: BTreeMap<Vec<u8>, Vec<u8>>,
+    states: BTreeMap<QueueId, QueueStateRecord>,
+    logs: BTreeMap<QueueId, BTreeMap<QueueSeq, Vec<u8>>>,
+    consumed: BTreeMap<QueueId, Vec<(QueueSeq, QueueSeq)>>,
+}
+
+impl Contents {
+    fn read(store: &Store, recovered: &Recovered, queues: impl Iterator<Item = QueueId>) -> Contents {
+        let mut contents = Contents {
+            definitions: recovered.definitions.iter().cloned().collect(),
+            states: recovered.states.iter().copied().collect(),
+            ..Contents::default()
+        };
+        for queue in queues {
+            let log: BTreeMap<_, _> = read_all(store, queue).into_iter().collect();
+            if !log.is_empty() {
+                contents.logs.insert(queue, log);
+            }
+            let consumed = store.read_consumed(queue).unwrap();
+            if !consumed.is_empty() {
+                contents.consumed.insert(queue, consumed);
+            }
+        }
+        contents
+    }
+}
