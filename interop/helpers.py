@@ -208,8 +208,16 @@ def drain(channel: BlockingChannel, queue: str) -> list[bytes]:
     return bodies
 
 
-def counts(channel: BlockingChannel, queue: str) -> tuple[int, int]:
-    """Ready messages and consumers, as a passive declare tells."""
+def expect_counts(channel: BlockingChannel, queue: str, messages: int, consumers: int) -> None:
+    """A passive declare comes to tell these numbers; they may lag behind publishes and settles."""
+    expected = (messages, consumers)
+    deadline = time.monotonic() + 5
+    while (told := _counts(channel, queue)) != expected and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told == expected
+
+
+def _counts(channel: BlockingChannel, queue: str) -> tuple[int, int]:
     declared = channel.queue_declare(queue, passive=True).method
     return declared.message_count, declared.consumer_count
 

@@ -6,10 +6,10 @@ from helpers import (
     assert_close,
     channel_error,
     consume,
-    counts,
     drain,
     expect_channel_close,
     expect_connection_close,
+    expect_counts,
     get_eventually,
     get_one,
     publish,
@@ -89,7 +89,7 @@ def test_everything_after_the_failing_method_is_ignored(client, channel, queue, 
     client.publish(1, "", queue, b"lost", {"delivery_mode": 2})
     client.send_method(1, "basic.qos")
     expect_channel_close(client, 404, f"no queue '{missing}' in vhost '/'", "queue.declare")
-    assert counts(channel, queue) == (0, 0)
+    expect_counts(channel, queue, messages=0, consumers=0)
     assert not queue_exists(channel.connection, declared)
 
 
@@ -154,6 +154,7 @@ def test_channel_error_requeues_what_was_unacknowledged(connection, channel, que
     with channel_error(406, "unknown delivery tag 99"):
         doomed.basic_ack(99)
         doomed.basic_qos()
+    expect_counts(channel, queue, messages=2, consumers=0)
     assert drain(channel, queue) == [b"1", b"2"]
 
 
@@ -161,9 +162,9 @@ def test_closing_a_channel_removes_its_consumers(connection, channel, queue):
     doomed = connection.channel()
     consume(connection, doomed, queue)
     consume(connection, doomed, queue)
-    assert counts(channel, queue) == (0, 2)
+    expect_counts(channel, queue, messages=0, consumers=2)
     doomed.close()
-    assert counts(channel, queue) == (0, 0)
+    expect_counts(channel, queue, messages=0, consumers=0)
 
 
 def test_closing_a_channel_deletes_auto_delete_queues_it_consumed_from(connection, name):
@@ -198,7 +199,7 @@ def test_closing_in_the_middle_of_a_message_is_an_error_and_the_message_is_lost(
     client.send_method(1, "channel.close")
     text = "expected content body, got non content body frame instead"
     expect_connection_close(client, 505, text, "basic.publish")
-    assert counts(channel, queue) == (0, 0)
+    expect_counts(channel, queue, messages=0, consumers=0)
 
 
 def test_delivery_tags_start_again_on_a_reopened_channel(client, queue, channel):

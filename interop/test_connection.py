@@ -7,7 +7,7 @@ import pika
 import pika.exceptions
 import pytest
 
-from helpers import assert_close, eventually, expect_connection_close, get_one, publish, queue_exists
+from helpers import assert_close, eventually, expect_connection_close, expect_counts, get_eventually, get_one, publish, queue_exists
 from raw import (
     FULL_CAPABILITIES,
     HEARTBEAT,
@@ -476,9 +476,9 @@ def test_unacknowledged_messages_come_back_in_order_when_the_connection_ends(end
     publish(channel, queue, "1", "2", "3", "4")
     client = raw(1)
     for _ in range(3):
-        assert client.get(1, queue, no_ack=False).name == "basic.get-ok"
+        get_eventually(client, 1, queue, no_ack=False)
     getattr(client, end)()
-    eventually(lambda: channel.queue_declare(queue, passive=True).method.message_count == 4)
+    expect_counts(channel, queue, messages=4, consumers=0)
     returned = [get_one(channel, queue) for _ in range(4)]
     assert [(message.body, message.redelivered) for message in returned] == [
         (b"1", True),
@@ -493,9 +493,9 @@ def test_consumers_are_gone_when_the_connection_ends(end, raw, channel, queue):
     client = raw(1, 2)
     client.do(1, "basic.consume", queue=queue)
     client.do(2, "basic.consume", queue=queue)
-    assert channel.queue_declare(queue, passive=True).method.consumer_count == 2
+    expect_counts(channel, queue, messages=0, consumers=2)
     getattr(client, end)()
-    eventually(lambda: channel.queue_declare(queue, passive=True).method.consumer_count == 0)
+    expect_counts(channel, queue, messages=0, consumers=0)
 
 
 def test_exclusive_and_auto_delete_queues_go_when_the_socket_breaks(raw, connection, name):

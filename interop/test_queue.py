@@ -8,9 +8,9 @@ from helpers import (
     EXCLUSIVE_TO_OTHER,
     channel_error,
     consume,
-    counts,
     drain,
     eventually,
+    expect_counts,
     get,
     get_one,
     publish,
@@ -23,13 +23,13 @@ def test_declare_tells_name_messages_and_consumers(channel, connection, queue):
     declared = channel.queue_declare(queue, durable=True).method
     assert (declared.queue, declared.message_count, declared.consumer_count) == (queue, 0, 0)
     publish(channel, queue, "1", "2", "3")
-    assert counts(channel, queue) == (3, 0)
+    expect_counts(channel, queue, messages=3, consumers=0)
     get_one(channel, queue)
-    assert counts(channel, queue) == (2, 0)
+    expect_counts(channel, queue, messages=2, consumers=0)
     other = connection.channel()
     other.basic_qos(prefetch_count=1)
     consume(connection, other, queue).wait_for(1)
-    assert counts(channel, queue) == (1, 1)
+    expect_counts(channel, queue, messages=1, consumers=1)
     declared = channel.queue_declare(queue, durable=True).method
     assert (declared.message_count, declared.consumer_count) == (1, 1)
 
@@ -257,7 +257,7 @@ def test_purge_takes_and_counts_ready_messages_only(connection, channel, queue):
     publish(channel, queue, "1", "2", "3")
     held = get_one(channel, queue)
     assert channel.queue_purge(queue).method.message_count == 2
-    assert counts(channel, queue) == (0, 0)
+    expect_counts(channel, queue, messages=0, consumers=0)
     channel.basic_nack(held.tag, requeue=True)
     assert get_one(channel, queue).body == b"1"
 
@@ -357,6 +357,7 @@ def test_redeclared_queue_starts_empty(channel, queue):
 def test_exclusive_queue_is_locked_to_other_connections(method, fields, client, channel, name):
     queue = name()
     channel.queue_declare(queue, exclusive=True)
+    channel.queue_bind(queue, "amq.direct", "interop")
     received = client.call(1, method, queue=queue, **fields)
     assert (received.name, received.reply_code) == ("channel.close", 405)
     text = "RESOURCE_LOCKED - " + EXCLUSIVE_TO_OTHER.format(queue=queue)

@@ -43,6 +43,61 @@ const RULES: &[(&str, Rule)] = &[
     ),
 ];
 
+/// Arguments that a queue type does not know, though another does.
+const FOREIGN_TO_CLASSIC: &[&str] = &[
+    "x-dead-letter-strategy",
+    "x-delivery-limit",
+    "x-max-in-memory-length",
+    "x-max-in-memory-bytes",
+    "x-quorum-initial-group-size",
+    "x-consumer-timeout",
+    "x-max-age",
+    "x-stream-max-segment-size-bytes",
+    "x-stream-filter-size-bytes",
+    "x-initial-cluster-size",
+];
+const FOREIGN_TO_QUORUM: &[&str] = &[
+    "x-max-priority",
+    "x-queue-mode",
+    "x-queue-version",
+    "x-max-age",
+    "x-stream-max-segment-size-bytes",
+    "x-stream-filter-size-bytes",
+    "x-initial-cluster-size",
+];
+
+/// The type a queue's arguments ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueueType {
+    Classic,
+    Quorum,
+}
+
+impl QueueType {
+    /// Reads `x-queue-type`; whatever is not `quorum` is served as classic.
+    pub fn of(arguments: &FieldTable) -> Self {
+        match lookup(arguments, "x-queue-type").and_then(as_longstr) {
+            Some(b"quorum") => QueueType::Quorum,
+            _ => QueueType::Classic,
+        }
+    }
+
+    /// RabbitMQ's module, which its texts name.
+    pub fn module(self) -> &'static str {
+        match self {
+            QueueType::Classic => "rabbit_classic_queue",
+            QueueType::Quorum => "rabbit_quorum_queue",
+        }
+    }
+
+    fn foreign(self) -> &'static [&'static str] {
+        match self {
+            QueueType::Classic => FOREIGN_TO_CLASSIC,
+            QueueType::Quorum => FOREIGN_TO_QUORUM,
+        }
+    }
+}
+
 /// Arguments this version accepts without acting on them; a declaration that uses one is logged.
 const WITHOUT_EFFECT: &[&str] = &[
     "x-expires",
@@ -73,6 +128,11 @@ pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) ->
         if let Some(value) = lookup(arguments, key) {
             rule.check(value).map_err(|error| invalid(key, error))?;
         }
+    }
+    let queue_type = QueueType::of(arguments);
+    if let Some(key) = queue_type.foreign().iter().find(|key| arguments.contains_key(key)) {
+        let text = format!("invalid arg '{key}' for {resource} of queue type {}", queue_type.module());
+        return Err(BrokerError::InvalidArgument(text));
     }
     if lookup(arguments, "x-dead-letter-routing-key").is_some() && lookup(arguments, "x-dead-letter-exchange").is_none() {
         return Err(invalid("x-dead-letter-routing-key", "routing_key_but_no_dlx_defined".into()));

@@ -16,7 +16,7 @@ mod vhost;
 
 use std::sync::Arc;
 
-use ahash::{AHashMap, AHashSet};
+use ahash::AHashMap;
 use dashmap::DashMap;
 
 pub use self::{
@@ -68,7 +68,9 @@ impl Broker {
         let mut queues = Vec::new();
         for (key, value) in &recovered.definitions {
             match definitions::decode(key, value) {
-                Ok(Definition::Vhost(name)) => drop(self.vhost_or_new(&name)),
+                Ok(Definition::Vhost(name)) => {
+                    self.vhost_or_new(&name);
+                }
                 Ok(Definition::Exchange { vhost, exchange }) => self.vhost_or_new(&vhost).restore_exchange(exchange),
                 Ok(Definition::Queue { id, options }) => queues.push((id, options)),
                 Ok(Definition::Binding { vhost, binding }) => bindings.push((vhost, binding)),
@@ -85,8 +87,9 @@ impl Broker {
             }
         }
         // Messages of a queue whose definition did not make it to disk belong to nobody.
-        let orphans: AHashSet<QueueId> = states.into_keys().collect();
-        orphans.into_iter().for_each(|id| drop(self.store.delete_queue(id)));
+        for id in states.into_keys() {
+            self.store.delete_queue(id);
+        }
     }
 
     fn vhost_or_new(&self, name: &Name) -> Arc<Vhost> {

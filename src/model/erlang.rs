@@ -122,6 +122,14 @@ fn push_list<'a>(items: impl Iterator<Item = (Option<&'a str>, &'a AMQPValue)>, 
 }
 
 /// A byte string as `~tp` shows it on a node with the default printable range (Latin-1).
+/// Bytes as `~p` shows a binary: `<<"text">>` or `<<1,2>>`.
+#[must_use]
+pub fn binary(bytes: &[u8]) -> String {
+    let mut out = String::new();
+    push_binary(bytes, &mut out);
+    out
+}
+
 fn push_binary(bytes: &[u8], out: &mut String) {
     if bytes.is_empty() {
         return out.push_str("<<>>");
@@ -224,24 +232,24 @@ mod tests {
 
     use super::*;
 
-    fn binary(bytes: &[u8]) -> String {
+    fn longstr_term(bytes: &[u8]) -> String {
         term(&AMQPValue::ByteArray(bytes.into()))
     }
 
     /// Each pair was printed by Erlang/OTP 25.
     #[test]
     fn byte_strings_look_like_erlangs() {
-        assert_eq!(binary(b"foo"), r#"<<"foo">>"#);
-        assert_eq!(binary(b""), "<<>>");
-        assert_eq!(binary("ä".as_bytes()), r#"<<"ä"/utf8>>"#);
+        assert_eq!(longstr_term(b"foo"), r#"<<"foo">>"#);
+        assert_eq!(longstr_term(b""), "<<>>");
+        assert_eq!(longstr_term("ä".as_bytes()), r#"<<"ä"/utf8>>"#);
         assert_eq!(binary(&[228]), r#"<<"ä">>"#);
         assert_eq!(binary(&[1, 2, 3]), "<<1,2,3>>");
-        assert_eq!(binary(b"a\nb\"c\\"), r#"<<"a\nb\"c\\">>"#);
-        assert_eq!(binary("€".as_bytes()), "<<226,130,172>>");
+        assert_eq!(longstr_term(b"a\nb\"c\\"), r#"<<"a\nb\"c\\">>"#);
+        assert_eq!(longstr_term("€".as_bytes()), "<<226,130,172>>");
         assert_eq!(binary(&[212, 177]), "<<212,177>>"); // valid UTF-8, not Latin-1
-        assert_eq!(binary("ä\u{1}".as_bytes()), "<<195,164,1>>");
+        assert_eq!(longstr_term("ä\u{1}".as_bytes()), "<<195,164,1>>");
         assert_eq!(binary(&[127]), "<<127>>");
-        assert_eq!(binary(b"\x1b"), r#"<<"\e">>"#);
+        assert_eq!(longstr_term(b"\x1b"), r#"<<"\e">>"#);
     }
 
     /// Each pair was printed by Erlang/OTP 25.

@@ -53,14 +53,15 @@ fn beat(handle: &Handle, now: Instant) {
     }
     let mut beat = handle.beat.lock();
     if now >= beat.send_at {
-        beat.send_at = now + interval / 2;
+        // From the last due time, not from now: ticks are coarse, and heartbeats must not drift apart.
+        beat.send_at = (beat.send_at + interval / 2).max(now);
         if !handle.take_sent() {
             handle.outbox.push(&HEARTBEAT_FRAME);
             handle.outbox.wake_writer();
         }
     }
     if now >= beat.check_at {
-        beat.check_at = now + interval;
+        beat.check_at = (beat.check_at + interval).max(now);
         if handle.take_received() || handle.paused.load(Ordering::Relaxed) {
             beat.silent_checks = 0;
             return;

@@ -48,10 +48,6 @@ impl<T> ChannelMap<T> {
         self.entries.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     pub fn iter(&self) -> impl Iterator<Item = (u16, &T)> {
         self.entries.iter().map(|(channel, value)| (*channel, &**value))
     }

@@ -5,7 +5,11 @@ use amq_protocol::{
     types::ShortString,
 };
 
-use crate::{auth::Refusal, broker::{BrokerError, router::TopologyError}};
+use crate::{
+    auth::Refusal,
+    broker::{BrokerError, router::TopologyError},
+    model::erlang,
+};
 
 /// RabbitMQ cuts explanations to this many characters.
 const MAX_TEXT_CHARS: usize = 255;
@@ -65,6 +69,11 @@ impl CloseReason {
         }
         text.truncate(text.floor_char_boundary(255)); // names are client input, and bytes count on the wire
         CloseReason { code, text, class_id: 0, method_id: 0 }
+    }
+
+    /// The same, naming no method.
+    pub fn without_method(self) -> Self {
+        CloseReason { class_id: 0, method_id: 0, ..self }
     }
 
     fn short_text(&self) -> ShortString {
@@ -136,6 +145,20 @@ impl From<Refusal> for Fault {
     }
 }
 
+/// RabbitMQ's rendering of a frame in frame errors: its type and all, or the first 16, of its payload's octets.
+pub fn describe_frame(kind: u8, payload: &[u8]) -> String {
+    let label = if payload.len() <= 16 { "all octets" } else { "first 16 octets" };
+    format!("type {kind}, {label} = {}", erlang::binary(&payload[..payload.len().min(16)]))
+}
+
+/// 501 for a method whose arguments do not decode.
+pub fn undecodable(payload: &[u8]) -> Fault {
+    let number = |at: usize| payload.get(at..at + 2).map_or(0, |id| u16::from_be_bytes([id[0], id[1]]));
+    let octets: Vec<String> = payload.iter().skip(4).map(u8::to_string).collect();
+    let text = format!("cannot decode <<{}>>", octets.join(","));
+    Fault::Connection(CloseReason::new(501, &text)).at(number(0), number(2))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,6 +171,13 @@ mod tests {
         assert_eq!(reason.text.len(), 255);
         assert!(reason.text.ends_with("..."));
         assert_eq!(CloseReason::new(541, "").text, "INTERNAL_ERROR");
+    }
+
+    #[test]
+    fn frames_are_described_like_rabbitmq() {
+        assert_eq!(describe_frame(1, &[1, 2]), "type 1, all octets = <<1,2>>");
+        assert_eq!(describe_frame(3, b"abc"), "type 3, all octets = <<\"abc\">>");
+        assert!(describe_frame(3, &[0; 17]).starts_with("type 3, first 16 octets = <<0,0,"));
     }
 
     #[test]

@@ -13,11 +13,6 @@ pub struct ConfirmLedger {
 }
 
 impl ConfirmLedger {
-    /// Whether nothing waits.
-    pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
     /// The round the oldest waiting publish needs.
     pub fn first_round(&self) -> Option<Round> {
         self.waiting.front().map(|(_, round)| *round)

@@ -8,9 +8,10 @@ use std::{net::IpAddr, sync::Arc};
 use amq_protocol::protocol::{AMQPClass, connection};
 
 use super::{
+    assembler::Assembler,
     channel::{Channel, ChannelState},
     channel_map::ChannelMap,
-    close::{CloseReason, Fault},
+    close::{CloseReason, Fault, describe_frame, undecodable},
     handshake,
     outbox::{Outbox, Remains, SettleBatch},
 };
@@ -20,7 +21,7 @@ use crate::{
     model::Name,
     wire::{
         self, Frame, Scan,
-        frame::{self, render_octets},
+        frame,
         hot::{self, HeaderView},
         method::{self, MethodError},
     },
@@ -346,7 +347,7 @@ impl Session {
                 Err((0, Fault::Connection(CloseReason::new(501, &text))))
             }
             Scan::BadEnd(frame, end) => {
-                let text = format!("type {}, {}: {{invalid_frame_end_marker,{end}}}", frame.kind, render_octets(frame.payload));
+                let text = format!("{}: {{invalid_frame_end_marker,{end}}}", describe_frame(frame.kind, frame.payload));
                 self.framing_lost = true;
                 Err((0, Fault::Connection(CloseReason::new(501, &text))))
             }
@@ -375,7 +376,7 @@ impl Session {
         *used += 1;
         self.partial = None;
         if end != frame::FRAME_END {
-            let text = format!("type {}, {}: {{invalid_frame_end_marker,{end}}}", frame::BODY, render_octets(&input[..take]));
+            let text = format!("{}: {{invalid_frame_end_marker,{end}}}", describe_frame(frame::BODY, &input[..take]));
             self.framing_lost = true;
             return Err((0, Fault::Connection(CloseReason::new(501, &text))));
         }
@@ -383,15 +384,22 @@ impl Session {
     }
 
     fn on_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        let describe = || format!("type {}, {}", frame.kind, render_octets(frame.payload));
+        let describe = || describe_frame(frame.kind, frame.payload);
+        let unknown = || Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe()))));
+        if self.phase == Phase::AwaitOpen && frame.channel != 0 {
+            return Err(Fault::Connection(CloseReason::new(505, &describe())));
+        }
         match (frame.kind, frame.channel) {
-            (frame::HEARTBEAT, 0) if frame.payload.is_empty() => Ok(()),
-            (frame::HEARTBEAT, 0) => Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe())))),
-            (frame::HEARTBEAT, _) | (frame::HEADER | frame::BODY, 0) => Err(Fault::Connection(CloseReason::new(505, &describe()))),
+            (frame::HEARTBEAT, _) if !frame.payload.is_empty() => unknown(),
+            (frame::METHOD, _) if frame.payload.len() < 4 => unknown(),
+            (frame::HEARTBEAT, 0) => Ok(()),
+            (frame::HEARTBEAT, _) | (frame::HEADER | frame::BODY, 0) => {
+                Err(Fault::Connection(CloseReason::new(505, &describe())))
+            }
             (frame::METHOD, _) => self.on_method_frame(frame),
             (frame::HEADER, _) => self.on_header_frame(frame),
             (frame::BODY, _) => self.on_body_frame(frame),
-            _ => Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe())))),
+            _ => unknown(),
         }
     }
 
@@ -428,10 +436,7 @@ impl Session {
             MethodError::Unknown => return Err(Fault::Drop("unknown class or method".into())),
             MethodError::Table(_) => return Err(Fault::Drop("malformed field table".into())),
             MethodError::NotUtf8 => CloseReason::new(501, "Malformed UTF-8 in shortstr"),
-            MethodError::Undecodable => {
-                let octets: Vec<String> = frame.payload.iter().skip(4).map(u8::to_string).collect();
-                CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(",")))
-            }
+            MethodError::Undecodable => return Err(undecodable(frame.payload)),
         };
         Err(Fault::Connection(reason))
     }
@@ -440,7 +445,7 @@ impl Session {
         let max_body_bytes = self.limits.max_message_bytes;
         let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
         let header = HeaderView::read(frame.payload)
-            .map_err(|_| Fault::Connection(CloseReason::new(501, &format!("type {}, {}: unknown_frame", frame.kind, render_octets(frame.payload)))))?;
+            .map_err(|_| Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe_frame(frame.kind, frame.payload)))))?;
         match channel.assembler.on_header(&header, max_body_bytes)? {
             Some(message) => self.on_message(frame.channel, &message),
             None => Ok(()),
@@ -470,7 +475,7 @@ impl Session {
         }
         match self.channels.get_mut(frame.channel) {
             Some(channel) => Ok(Some(channel)),
-            None => Err(Fault::Connection(CloseReason::new(504, "expected 'channel.open'"))),
+            None => Err(Assembler::Method.interrupted()),
         }
     }
 
@@ -515,6 +520,9 @@ impl Session {
                 }
                 None
             }
+            Fault::Channel(reason) | Fault::Connection(reason) if self.is_silent() => {
+                Some(Step::Drop { later: true, reason: reason.text })
+            }
             Fault::Channel(reason) | Fault::Connection(reason) => {
                 self.close(&reason);
                 None
@@ -522,6 +530,11 @@ impl Session {
             Fault::Drop(reason) => Some(Step::Drop { later: false, reason }),
             Fault::DropLater(reason) => Some(Step::Drop { later: true, reason }),
         }
+    }
+
+    /// Whether faults are not told to the peer yet: before it has logged in, all but the refusal itself.
+    fn is_silent(&self) -> bool {
+        self.phase == Phase::AwaitStartOk && self.framing_lost || self.phase == Phase::AwaitTuneOk
     }
 
     /// Closes the connection from this side: channels end, exclusive queues go, `connection.close` is sent.

@@ -9,7 +9,7 @@ use smallvec::{SmallVec, smallvec};
 use super::{
     assembler::{Assembled, Assembler, Publish},
     channel::{CachedRoute, Channel, ChannelState, Mode},
-    close::Fault,
+    close::{CloseReason, Fault, undecodable},
     connection::Session,
     tx::TxPublish,
 };
@@ -81,7 +81,7 @@ impl Session {
         let view = PublishView::read(payload).map_err(|_| undecodable(payload))?;
         let (exchange, routing_key) = split_names(view.names);
         if std::str::from_utf8(exchange).is_err() || std::str::from_utf8(routing_key).is_err() {
-            return Err(Fault::Connection(super::close::CloseReason::new(501, "Malformed UTF-8 in shortstr")));
+            return Err(Fault::Connection(CloseReason::new(501, "Malformed UTF-8 in shortstr")));
         }
         if let Some(channel) = self.channels.get_mut(number) {
             channel.assembler =
@@ -334,11 +334,6 @@ struct Adjusted<'a> {
 
 fn reparse(raw: &[u8]) -> Result<Properties<'_>, Fault> {
     Properties::parse(raw).map_err(|_| Fault::internal())
-}
-
-fn undecodable(payload: &[u8]) -> Fault {
-    let octets: Vec<String> = payload.iter().skip(4).map(u8::to_string).collect();
-    Fault::Connection(super::close::CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(","))))
 }
 
 /// The keys of `CC` and `BCC`: their long strings; elements of other types are ignored, as in RabbitMQ.

@@ -3,7 +3,7 @@
 
 use super::{
     channel::{Channel, ChannelState, Mode},
-    close::{CloseReason, Fault},
+    close::{Fault, undecodable},
     connection::Session,
     unacked::UnknownDeliveryTag,
 };
@@ -108,9 +108,4 @@ impl Session {
         self.settling = batch;
         round
     }
-}
-
-fn undecodable(payload: &[u8]) -> Fault {
-    let octets: Vec<String> = payload.iter().skip(4).map(u8::to_string).collect();
-    Fault::Connection(CloseReason::new(501, &format!("cannot decode <<{}>>", octets.join(","))))
 }

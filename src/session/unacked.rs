@@ -37,10 +37,6 @@ impl UnackedRing {
         self.len
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// Adds a delivery; tags rise.
     #[inline]
     pub fn push(&mut self, unacked: Unacked) {

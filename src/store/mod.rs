@@ -112,7 +112,7 @@ pub struct StoreOptions {
     pub path: PathBuf,
     /// What reading may keep in memory.
     pub block_cache_bytes: usize,
-    /// What was written and is not yet in a table file, in memory. Bounds the WAL too, at four times this.
+    /// What was written and is not yet in a table file, in memory. Bounds the WAL too, at twice this.
     pub write_buffer_bytes: usize,
     /// Whether a round is synced to the disk (`true`), or only handed to the operating system.
     pub sync: bool,

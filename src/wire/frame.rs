@@ -90,14 +90,6 @@ pub fn scan(input: &[u8], max_payload_bytes: u32) -> Scan<'_> {
     }
 }
 
-/// RabbitMQ's rendering of a payload in frame errors: `all octets = <<1,2>>`, or the first 16 of them.
-pub fn render_octets(payload: &[u8]) -> String {
-    let shown = &payload[..payload.len().min(16)];
-    let octets: Vec<String> = shown.iter().map(u8::to_string).collect();
-    let label = if payload.len() <= 16 { "all octets" } else { "first 16 octets" };
-    format!("{label} = <<{}>>", octets.join(","))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,11 +111,5 @@ mod tests {
         assert!(matches!(scan(&wire, 8), Scan::TooLarge(head) if head.size == 9));
         let wire = [3, 0, 1, 0, 0, 0, 1, 7, 0xCD];
         assert!(matches!(scan(&wire, 8), Scan::BadEnd(_, 0xCD)));
-    }
-
-    #[test]
-    fn octets_are_rendered_like_rabbitmq() {
-        assert_eq!(render_octets(&[1, 2]), "all octets = <<1,2>>");
-        assert!(render_octets(&[0; 17]).starts_with("first 16 octets = <<0,0,"));
     }
 }

@@ -48,7 +48,10 @@ pub fn parse(payload: &[u8]) -> Result<AMQPClass, MethodError> {
     if !is_known(id) {
         return Err(MethodError::Unknown);
     }
-    check_method_table(payload).map_err(MethodError::Table)?;
+    check_method_table(payload).map_err(|error| match error {
+        TableError::Truncated => MethodError::Undecodable,
+        TableError::Malformed | TableError::TooDeep => MethodError::Table(error),
+    })?;
     match parse_class(payload) {
         Ok((rest, class)) if rest.is_empty() => Ok(class),
         Ok(_) => Err(MethodError::Undecodable),

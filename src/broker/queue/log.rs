@@ -91,11 +91,6 @@ impl QueueLog {
         &self.consumed
     }
 
-    /// Whether `seq` was consumed.
-    pub fn is_consumed(&self, seq: u64) -> bool {
-        seq < self.head || self.consumed.contains(seq)
-    }
-
     /// Bytes in memory.
     pub fn resident_bytes(&self) -> usize {
         self.chunks.iter().map(Chunk::resident_bytes).sum()

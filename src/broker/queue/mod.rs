@@ -35,7 +35,7 @@ use super::{
     BrokerError,
     memory::MemoryBudget,
     message::Message,
-    port::{Address, Delivery, Effects, Offer, Port},
+    port::{Address, Effects, Offer, Port},
 };
 use crate::{
     clock,

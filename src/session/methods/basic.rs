@@ -4,20 +4,19 @@ use std::sync::Arc;
 
 use amq_protocol::{
     protocol::{AMQPClass, basic},
-    types::{FieldTable, ShortString},
+    types::FieldTable,
 };
 
 use super::{generated_name, unless};
 use crate::{
     auth::{Access, Resource},
-    broker::{Address, Consumer, Queue, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement},
+    broker::{Address, Consumer, Queue, arguments::QueueType, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement},
     model::{Name, arguments::{as_integer, lookup, type_name}},
     session::{
-        channel::{Mode, ReplyConsumer},
+        channel::ReplyConsumer,
         close::Fault,
         connection::{Answer, Session},
     },
-    wire::hot,
 };
 
 impl Session {
@@ -79,6 +78,7 @@ impl Session {
             return Err(Fault::new(406, format!("only creator channel may consume from queue '{name}' in vhost '{}'", vhost.name)));
         }
         let queue = vhost.queue_for(&name, self.id)?;
+        check_consumer_arguments(&queue, &consume.arguments)?;
         let priority = consumer_priority(&queue, &consume.arguments)?;
         let Some(port) = self.outbox.port() else { return Ok(Answer::None) };
         let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else { return Ok(Answer::None) };
@@ -161,6 +161,16 @@ impl Session {
         self.apply_settlements(Settlement::Requeue, false);
         Ok(())
     }
+}
+
+/// Refuses consumer arguments that the queue's type does not know, though another does.
+fn check_consumer_arguments(queue: &Queue, arguments: &FieldTable) -> Result<(), Fault> {
+    const STREAM: [&str; 3] = ["x-stream-offset", "x-stream-filter", "x-stream-match-unfiltered"];
+    let queue_type = QueueType::of(&queue.options.arguments);
+    let timeout = (queue_type == QueueType::Classic).then_some("x-consumer-timeout");
+    let Some(key) = STREAM.into_iter().chain(timeout).find(|key| arguments.contains_key(key)) else { return Ok(()) };
+    let (name, vhost) = (&queue.options.name, &queue.options.vhost);
+    Err(Fault::new(406, format!("invalid arg '{key}' for queue '{name}' in vhost '{vhost}' of queue type {}", queue_type.module())))
 }
 
 /// `x-priority`, checked as RabbitMQ checks it.

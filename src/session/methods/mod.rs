@@ -32,7 +32,11 @@ impl Session {
     pub(super) fn on_method(&mut self, number: u16, payload: &[u8], class: AMQPClass) -> Result<(), Fault> {
         let (class_id, method_id) = (class.get_amqp_class_id(), class.get_amqp_method_id());
         let handled = if number == 0 { self.on_connection_method(class) } else { self.on_channel_method(number, payload, class) };
-        handled.map_err(|fault| fault.at(class_id, method_id))
+        handled.map_err(|fault| fault.at(class_id, method_id)).map_err(|fault| match fault {
+            // RabbitMQ counts channels outside of any method.
+            Fault::Connection(reason) if (class_id, method_id, reason.code) == (20, 10, 530) => Fault::Connection(reason.without_method()),
+            other => other,
+        })
     }
 
     fn on_connection_method(&mut self, class: AMQPClass) -> Result<(), Fault> {
@@ -49,7 +53,6 @@ impl Session {
                 self.reply(0, &AMQPClass::Connection(C::UpdateSecretOk(connection::UpdateSecretOk {})));
                 Ok(())
             }
-            AMQPClass::Connection(_) => Err(Fault::new(503, "unimplemented method")),
             _ => Err(Fault::new(504, "unexpected method in connection state running")),
         }
     }

@@ -1,0 +1,226 @@
+//! A broker in this process, on a port and a data directory of its own.
+
+use std::{
+    net::SocketAddr,
+    ops::Deref,
+    sync::{Arc, Condvar, Mutex, Once},
+};
+
+use lapin::{Channel, Connection, ConnectionProperties};
+use leveret::{
+    broker::Counts,
+    config::Config,
+    server::Server,
+    store::{CommitHook, Round},
+};
+use tempfile::TempDir;
+
+use super::peer::{Login, Peer};
+
+/// Panics of anything that is not a test, with their places.
+static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static WATCH: Once = Once::new();
+
+fn watch_for_panics() {
+    WATCH.call_once(|| {
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let place = panic.location().map(ToString::to_string).unwrap_or_default();
+            if !place.starts_with("tests/") {
+                PANICS.lock().unwrap().push(place);
+            }
+            report(panic);
+        }));
+    });
+}
+
+/// See the module.
+pub struct TestBroker {
+    server: Option<Server>,
+    config: Config,
+    hook: Option<Arc<dyn CommitHook>>,
+    _data: TempDir,
+}
+
+impl TestBroker {
+    /// A broker with the default configuration.
+    pub async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    /// A broker with a changed configuration.
+    pub async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        Self::build(None, change).await
+    }
+
+    /// A broker with a hook in front of every sync.
+    pub async fn with_hook(hook: Arc<dyn CommitHook>) -> Self {
+        Self::build(Some(hook), |_| {}).await
+    }
+
+    async fn build(hook: Option<Arc<dyn CommitHook>>, change: impl FnOnce(&mut Config)) -> Self {
+        watch_for_panics();
+        let data = tempfile::tempdir().unwrap();
+        let mut config = Config::for_tests(data.path().join("data"));
+        change(&mut config);
+        let mut broker = TestBroker { server: None, config, hook, _data: data };
+        broker.launch().await;
+        broker
+    }
+
+    async fn launch(&mut self) {
+        self.server = Some(Server::start_with_hook(self.config.clone(), self.hook.clone()).await.unwrap());
+    }
+
+    /// Stops the broker cleanly and starts it again on the same data.
+    pub async fn restart(&mut self) {
+        self.shut_down().await;
+        self.launch().await;
+    }
+
+    /// Stops the broker; fails the test if anything of it has panicked.
+    pub async fn stop(mut self) {
+        self.shut_down().await;
+        let panics = PANICS.lock().unwrap().clone();
+        assert!(panics.is_empty(), "the broker (of this test or another) has panicked at {panics:?}");
+    }
+
+    pub async fn shut_down(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.stop().await.unwrap();
+        }
+    }
+
+    pub fn server(&self) -> &Server {
+        self.server.as_ref().unwrap()
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.server().addresses()[0]
+    }
+
+    /// Depth and use of a queue, from the inside.
+    pub fn counts(&self, queue: &str) -> Counts {
+        let vhost = self.server().broker().vhost("/").unwrap();
+        vhost.queue(queue).unwrap_or_else(|| panic!("no queue {queue}")).counts()
+    }
+
+    pub fn has_queue(&self, queue: &str) -> bool {
+        self.server().broker().vhost("/").unwrap().queue(queue).is_some()
+    }
+
+    /// A connection of the stock client, with a channel.
+    pub async fn client(&self) -> Client {
+        let connection = self.connection().await;
+        let channel = connection.create_channel().await.unwrap();
+        Client { channel, connection }
+    }
+
+    /// [`TestBroker::client`] with confirms.
+    pub async fn publisher(&self) -> Client {
+        let client = self.client().await;
+        client.confirm_select(Default::default()).await.unwrap();
+        client
+    }
+
+    pub async fn connection(&self) -> Connection {
+        let uri = format!("amqp://guest:guest@{}/%2f?heartbeat=0", self.address());
+        let runtime = async_rs_runtime();
+        Connection::connect_with_runtime(&uri, ConnectionProperties::default(), runtime).await.unwrap()
+    }
+
+    /// A logged-in connection of the frame client, with channel 1 open.
+    pub async fn peer(&self) -> Peer {
+        let mut peer = Login::default().open(self.address()).await;
+        peer.open_channel(1).await;
+        peer
+    }
+
+    /// A logged-in connection of the frame client without a channel.
+    pub async fn login(&self) -> Peer {
+        Login::default().open(self.address()).await
+    }
+
+    /// A socket on which nothing was said yet.
+    pub async fn bare(&self) -> Peer {
+        Peer::connect(self.address()).await
+    }
+}
+
+/// A stock client: a connection and one channel of it.
+pub struct Client {
+    pub channel: Channel,
+    pub connection: Connection,
+}
+
+impl Deref for Client {
+    type Target = Channel;
+
+    fn deref(&self) -> &Channel {
+        &self.channel
+    }
+}
+
+impl Client {
+    pub async fn close(self) {
+        self.connection.close(200, "bye".into()).await.unwrap();
+    }
+}
+
+/// Holds syncs back, or fails them.
+#[derive(Default)]
+pub struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    closed: bool,
+    failing: bool,
+    waiting: u32,
+}
+
+impl Gate {
+    /// From now on no sync begins.
+    pub fn close(&self) {
+        self.state.lock().unwrap().closed = true;
+    }
+
+    /// Lets syncs go on.
+    pub fn open(&self) {
+        self.state.lock().unwrap().closed = false;
+        self.changed.notify_all();
+    }
+
+    /// From now on every sync fails.
+    pub fn fail(&self) {
+        let mut state = self.state.lock().unwrap();
+        (state.failing, state.closed) = (true, false);
+        self.changed.notify_all();
+    }
+
+    /// Whether a sync is held back right now.
+    pub fn is_holding(&self) -> bool {
+        self.state.lock().unwrap().waiting > 0
+    }
+}
+
+impl CommitHook for Gate {
+    fn before_sync(&self, _: Round) -> Result<(), String> {
+        let mut state = self.state.lock().unwrap();
+        state.waiting += 1;
+        while state.closed {
+            state = self.changed.wait(state).unwrap();
+        }
+        state.waiting -= 1;
+        if state.failing { Err("the disk is on fire".into()) } else { Ok(()) }
+    }
+}
+
+/// A gate left closed would keep the commit thread, and with it the process, from ending.
+impl Drop for TestBroker {
+    fn drop(&mut self) {
+        drop(self.server.take());
+    }
+}

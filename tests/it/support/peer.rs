@@ -1,0 +1,461 @@
+//! A client that speaks frames, for what a client library would hide.
+
+use std::{net::SocketAddr, time::Duration};
+
+use amq_protocol::{
+    protocol::{AMQPClass, BasicProperties, basic, channel, confirm, connection, exchange, parse_class, queue, tx},
+    types::{AMQPValue, FieldTable, LongString},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::{LIMIT, frames::{self, Frame}, table};
+
+pub use amq_protocol::protocol::queue::Declare;
+
+/// How to log in.
+#[derive(Clone)]
+pub struct Login {
+    pub mechanism: &'static str,
+    pub response: Vec<u8>,
+    pub capabilities: &'static [&'static str],
+    pub channel_max: u16,
+    pub frame_max: u32,
+    pub heartbeat: u16,
+    pub vhost: &'static str,
+}
+
+impl Default for Login {
+    fn default() -> Self {
+        Login {
+            mechanism: "PLAIN",
+            response: b"\0guest\0guest".to_vec(),
+            capabilities: &["authentication_failure_close", "consumer_cancel_notify", "connection.blocked"],
+            channel_max: 2047,
+            frame_max: 131_072,
+            heartbeat: 0,
+            vhost: "/",
+        }
+    }
+}
+
+impl Login {
+    /// Header, start, start-ok.
+    pub async fn authenticate(&self, address: SocketAddr) -> Peer {
+        let mut peer = Peer::connect(address).await;
+        peer.write(b"AMQP\x00\x00\x09\x01").await;
+        let AMQPClass::Connection(connection::AMQPMethod::Start(_)) = peer.method(0).await else { panic!("no start") };
+        let capabilities = table(self.capabilities.iter().map(|&name| (name, AMQPValue::Boolean(true))));
+        let start_ok = connection::StartOk {
+            client_properties: table([("capabilities", AMQPValue::FieldTable(capabilities))]),
+            mechanism: self.mechanism.into(),
+            response: LongString::from(self.response.clone()),
+            locale: "en_US".into(),
+        };
+        peer.send(0, AMQPClass::Connection(connection::AMQPMethod::StartOk(start_ok))).await;
+        peer
+    }
+
+    /// As far as tune-ok, without waiting for what follows.
+    pub async fn tune(&self, address: SocketAddr) -> Peer {
+        let mut peer = self.authenticate(address).await;
+        let AMQPClass::Connection(connection::AMQPMethod::Tune(_)) = peer.method(0).await else { panic!("no tune") };
+        let tune_ok = connection::TuneOk { channel_max: self.channel_max, frame_max: self.frame_max, heartbeat: self.heartbeat };
+        peer.send(0, AMQPClass::Connection(connection::AMQPMethod::TuneOk(tune_ok))).await;
+        peer.frame_max = self.frame_max as usize;
+        peer
+    }
+
+    /// As far as connection.open, without waiting for what follows.
+    pub async fn ask_open(&self, address: SocketAddr) -> Peer {
+        let mut peer = self.tune(address).await;
+        let open = connection::Open { virtual_host: self.vhost.into() };
+        peer.send(0, AMQPClass::Connection(connection::AMQPMethod::Open(open))).await;
+        peer
+    }
+
+    /// The whole handshake.
+    pub async fn open(&self, address: SocketAddr) -> Peer {
+        let mut peer = self.ask_open(address).await;
+        let AMQPClass::Connection(connection::AMQPMethod::OpenOk(_)) = peer.method(0).await else { panic!("no open-ok") };
+        peer
+    }
+}
+
+/// A message as it arrived, by deliver, get or return.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Delivered {
+    pub consumer: String,
+    pub tag: u64,
+    pub redelivered: bool,
+    pub exchange: String,
+    pub key: String,
+    /// Of get-ok.
+    pub remaining: u32,
+    pub properties: BasicProperties,
+    pub body: Vec<u8>,
+}
+
+impl Delivered {
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+}
+
+/// See the module.
+pub struct Peer {
+    pub socket: TcpStream,
+    read: Vec<u8>,
+    pub frame_max: usize,
+}
+
+impl Peer {
+    pub async fn connect(address: SocketAddr) -> Peer {
+        let socket = TcpStream::connect(address).await.unwrap();
+        socket.set_nodelay(true).unwrap();
+        Peer { socket, read: Vec::new(), frame_max: 131_072 }
+    }
+
+    pub async fn write(&mut self, bytes: &[u8]) {
+        timeout(LIMIT, self.socket.write_all(bytes)).await.expect("the broker does not read").unwrap();
+    }
+
+    pub async fn send(&mut self, channel: u16, class: AMQPClass) {
+        self.write(&frames::method(channel, &class)).await;
+    }
+
+    /// The next frame; `None` at the end of the connection.
+    pub async fn frame_or_end(&mut self) -> Option<Frame> {
+        loop {
+            if self.read.len() >= 7 {
+                let size = u32::from_be_bytes(self.read[3..7].try_into().unwrap()) as usize;
+                if self.read.len() >= size + 8 {
+                    assert_eq!(self.read[size + 7], frames::END, "no frame end");
+                    assert!(size + 8 <= self.frame_max.max(8192), "a frame over frame_max");
+                    let frame = Frame {
+                        kind: self.read[0],
+                        channel: u16::from_be_bytes([self.read[1], self.read[2]]),
+                        payload: self.read[7..size + 7].to_vec(),
+                    };
+                    self.read.drain(..size + 8);
+                    return Some(frame);
+                }
+            }
+            let mut block = [0; 64 << 10];
+            match timeout(LIMIT, self.socket.read(&mut block)).await.expect("the broker says nothing") {
+                Ok(0) | Err(_) => return None,
+                Ok(read) => self.read.extend_from_slice(&block[..read]),
+            }
+        }
+    }
+
+    /// The next frame that is no heartbeat.
+    pub async fn frame(&mut self) -> Frame {
+        loop {
+            let frame = self.frame_or_end().await.expect("the connection has ended");
+            if frame.kind != frames::HEARTBEAT {
+                return frame;
+            }
+        }
+    }
+
+    /// The next frame, which is a method of `channel`.
+    pub async fn method(&mut self, channel: u16) -> AMQPClass {
+        let frame = self.frame().await;
+        assert_eq!(frame.kind, frames::METHOD, "{frame:?}");
+        let (_, class) = parse_class(frame.payload.as_slice()).unwrap();
+        assert_eq!(frame.channel, channel, "{class:?}");
+        class
+    }
+
+    /// Sends a method and reads its answer.
+    pub async fn call(&mut self, channel: u16, class: AMQPClass) -> AMQPClass {
+        self.send(channel, class).await;
+        self.method(channel).await
+    }
+
+    pub async fn open_channel(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {}))).await;
+        assert!(matches!(answer, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_))), "{answer:?}");
+    }
+
+    pub async fn close_channel(&mut self, number: u16) {
+        let close = channel::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 };
+        let answer = self.call(number, AMQPClass::Channel(channel::AMQPMethod::Close(close))).await;
+        assert!(matches!(answer, AMQPClass::Channel(channel::AMQPMethod::CloseOk(_))), "{answer:?}");
+    }
+
+    /// Closes the connection cleanly.
+    pub async fn close(mut self) {
+        self.send(0, close_method()).await;
+        let answer = self.method(0).await;
+        assert!(matches!(answer, AMQPClass::Connection(connection::AMQPMethod::CloseOk(_))), "{answer:?}");
+        assert_eq!(self.frame_or_end().await, None);
+    }
+
+    /// A round trip; fails if anything else comes first. After it, all that was sent before was handled.
+    pub async fn nothing_more(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: true }))).await;
+        assert!(matches!(answer, AMQPClass::Channel(channel::AMQPMethod::FlowOk(_))), "{answer:?}");
+    }
+
+    pub async fn select_confirms(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: false }))).await;
+        assert!(matches!(answer, AMQPClass::Confirm(confirm::AMQPMethod::SelectOk(_))), "{answer:?}");
+    }
+
+    pub async fn select_tx(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Tx(tx::AMQPMethod::Select(tx::Select {}))).await;
+        assert!(matches!(answer, AMQPClass::Tx(tx::AMQPMethod::SelectOk(_))), "{answer:?}");
+    }
+
+    pub async fn commit(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Tx(tx::AMQPMethod::Commit(tx::Commit {}))).await;
+        assert!(matches!(answer, AMQPClass::Tx(tx::AMQPMethod::CommitOk(_))), "{answer:?}");
+    }
+
+    pub async fn rollback(&mut self, number: u16) {
+        let answer = self.call(number, AMQPClass::Tx(tx::AMQPMethod::Rollback(tx::Rollback {}))).await;
+        assert!(matches!(answer, AMQPClass::Tx(tx::AMQPMethod::RollbackOk(_))), "{answer:?}");
+    }
+
+    /// Declares and answers name, ready messages and consumers.
+    pub async fn declare(&mut self, number: u16, declare: Declare) -> (String, u32, u32) {
+        match self.call(number, AMQPClass::Queue(queue::AMQPMethod::Declare(declare))).await {
+            AMQPClass::Queue(queue::AMQPMethod::DeclareOk(ok)) => (ok.queue.to_string(), ok.message_count, ok.consumer_count),
+            other => panic!("no declare-ok: {other:?}"),
+        }
+    }
+
+    pub async fn declare_exchange(&mut self, number: u16, name: &str, kind: &str, arguments: FieldTable) {
+        let declare = exchange::Declare { exchange: name.into(), kind: kind.into(), arguments, ..Default::default() };
+        let answer = self.call(number, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare))).await;
+        assert!(matches!(answer, AMQPClass::Exchange(exchange::AMQPMethod::DeclareOk(_))), "{answer:?}");
+    }
+
+    pub async fn bind(&mut self, number: u16, queue: &str, exchange: &str, key: &str, arguments: FieldTable) {
+        let bind = queue::Bind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), nowait: false, arguments };
+        let answer = self.call(number, AMQPClass::Queue(queue::AMQPMethod::Bind(bind))).await;
+        assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::BindOk(_))), "{answer:?}");
+    }
+
+    /// Ready messages and consumers.
+    pub async fn depth(&mut self, number: u16, name: &str) -> (u32, u32) {
+        let (_, ready, consumers) = self.declare(number, Declare { queue: name.into(), passive: true, ..Default::default() }).await;
+        (ready, consumers)
+    }
+
+    /// Publishes to a queue through the default exchange, transient.
+    pub async fn publish(&mut self, number: u16, queue: &str, body: impl AsRef<[u8]>) {
+        self.publish_to(number, "", queue, &BasicProperties::default(), body).await;
+    }
+
+    /// [`Peer::publish`], persistent.
+    pub async fn publish_persistent(&mut self, number: u16, queue: &str, body: impl AsRef<[u8]>) {
+        self.publish_to(number, "", queue, &super::persistent(), body).await;
+    }
+
+    pub async fn publish_to(&mut self, number: u16, exchange: &str, key: &str, properties: &BasicProperties, body: impl AsRef<[u8]>) {
+        let max = self.frame_max - 8;
+        self.write(&frames::content(number, exchange, key, false, properties, body.as_ref(), max)).await;
+    }
+
+    pub async fn publish_mandatory(&mut self, number: u16, exchange: &str, key: &str, properties: &BasicProperties, body: impl AsRef<[u8]>) {
+        let max = self.frame_max - 8;
+        self.write(&frames::content(number, exchange, key, true, properties, body.as_ref(), max)).await;
+    }
+
+    /// The next ack or nack of a publish: tag, multiple, whether it is an ack.
+    pub async fn confirm(&mut self, number: u16) -> (u64, bool, bool) {
+        match self.method(number).await {
+            AMQPClass::Basic(basic::AMQPMethod::Ack(ack)) => (ack.delivery_tag, ack.multiple, true),
+            AMQPClass::Basic(basic::AMQPMethod::Nack(nack)) => (nack.delivery_tag, nack.multiple, false),
+            other => panic!("no confirm: {other:?}"),
+        }
+    }
+
+    /// Reads confirms until publish `last` is answered; answers whether each of `1..=last` was acked.
+    pub async fn confirms(&mut self, number: u16, last: u64) -> Vec<bool> {
+        let mut answers: Vec<Option<bool>> = vec![None; last as usize];
+        while answers.contains(&None) {
+            let (tag, multiple, acked) = self.confirm(number).await;
+            let from = if multiple { 1 } else { tag };
+            for seq in from..=tag {
+                let answer = &mut answers[seq as usize - 1];
+                assert!(answer.is_none() || multiple, "{seq} was answered twice");
+                answer.get_or_insert(acked);
+            }
+        }
+        answers.into_iter().flatten().collect()
+    }
+
+    pub async fn qos(&mut self, number: u16, prefetch: u16, global: bool) {
+        let qos = basic::Qos { prefetch_count: prefetch, global };
+        let answer = self.call(number, AMQPClass::Basic(basic::AMQPMethod::Qos(qos))).await;
+        assert!(matches!(answer, AMQPClass::Basic(basic::AMQPMethod::QosOk(_))), "{answer:?}");
+    }
+
+    /// Consumes with the queue's name as the tag.
+    pub async fn consume(&mut self, number: u16, queue: &str, no_ack: bool) {
+        self.consume_as(number, basic::Consume { queue: queue.into(), consumer_tag: queue.into(), no_ack, ..Default::default() }).await;
+    }
+
+    pub async fn consume_as(&mut self, number: u16, consume: basic::Consume) -> String {
+        match self.call(number, AMQPClass::Basic(basic::AMQPMethod::Consume(consume))).await {
+            AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(ok)) => ok.consumer_tag.to_string(),
+            other => panic!("no consume-ok: {other:?}"),
+        }
+    }
+
+    pub async fn cancel(&mut self, number: u16, tag: &str) {
+        let cancel = basic::Cancel { consumer_tag: tag.into(), nowait: false };
+        let answer = self.call(number, AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel))).await;
+        assert!(matches!(answer, AMQPClass::Basic(basic::AMQPMethod::CancelOk(_))), "{answer:?}");
+    }
+
+    /// The next delivery.
+    pub async fn delivery(&mut self, number: u16) -> Delivered {
+        match self.method(number).await {
+            AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => {
+                let (properties, body) = self.content(number).await;
+                Delivered {
+                    consumer: deliver.consumer_tag.to_string(),
+                    tag: deliver.delivery_tag,
+                    redelivered: deliver.redelivered,
+                    exchange: deliver.exchange.to_string(),
+                    key: deliver.routing_key.to_string(),
+                    remaining: 0,
+                    properties,
+                    body,
+                }
+            }
+            other => panic!("no delivery: {other:?}"),
+        }
+    }
+
+    pub async fn get(&mut self, number: u16, queue: &str, no_ack: bool) -> Option<Delivered> {
+        match self.call(number, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: queue.into(), no_ack }))).await {
+            AMQPClass::Basic(basic::AMQPMethod::GetEmpty(_)) => None,
+            AMQPClass::Basic(basic::AMQPMethod::GetOk(ok)) => {
+                let (properties, body) = self.content(number).await;
+                Some(Delivered {
+                    consumer: String::new(),
+                    tag: ok.delivery_tag,
+                    redelivered: ok.redelivered,
+                    exchange: ok.exchange.to_string(),
+                    key: ok.routing_key.to_string(),
+                    remaining: ok.message_count,
+                    properties,
+                    body,
+                })
+            }
+            other => panic!("no get-ok: {other:?}"),
+        }
+    }
+
+    /// The next method, a basic.return: code, text and the message.
+    pub async fn returned(&mut self, number: u16) -> (u16, String, Delivered) {
+        match self.method(number).await {
+            AMQPClass::Basic(basic::AMQPMethod::Return(back)) => {
+                let (properties, body) = self.content(number).await;
+                let message = Delivered {
+                    consumer: String::new(),
+                    tag: 0,
+                    redelivered: false,
+                    exchange: back.exchange.to_string(),
+                    key: back.routing_key.to_string(),
+                    remaining: 0,
+                    properties,
+                    body,
+                };
+                (back.reply_code, back.reply_text.to_string(), message)
+            }
+            other => panic!("no return: {other:?}"),
+        }
+    }
+
+    async fn content(&mut self, number: u16) -> (BasicProperties, Vec<u8>) {
+        let header = self.frame().await;
+        assert_eq!((header.kind, header.channel), (frames::HEADER, number));
+        let size = u64::from_be_bytes(header.payload[4..12].try_into().unwrap()) as usize;
+        let (rest, properties) = basic::parse_properties(&header.payload[12..]).unwrap();
+        assert!(rest.is_empty());
+        let mut body = Vec::with_capacity(size);
+        while body.len() < size {
+            let piece = self.frame().await;
+            assert_eq!((piece.kind, piece.channel), (frames::BODY, number));
+            body.extend(piece.payload);
+        }
+        assert_eq!(body.len(), size);
+        (properties, body)
+    }
+
+    pub async fn ack(&mut self, number: u16, tag: u64, multiple: bool) {
+        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: tag, multiple }))).await;
+    }
+
+    pub async fn nack(&mut self, number: u16, tag: u64, multiple: bool, requeue: bool) {
+        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack { delivery_tag: tag, multiple, requeue }))).await;
+    }
+
+    pub async fn reject(&mut self, number: u16, tag: u64, requeue: bool) {
+        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Reject(basic::Reject { delivery_tag: tag, requeue }))).await;
+    }
+
+    /// The next method closes the channel with this; the channel is then free again.
+    pub async fn expect_channel_error(&mut self, number: u16, code: u16, text: &str) {
+        match self.method(number).await {
+            AMQPClass::Channel(channel::AMQPMethod::Close(close)) => {
+                assert_eq!((close.reply_code, close.reply_text.as_str()), (code, text));
+            }
+            other => panic!("no channel.close: {other:?}"),
+        }
+        self.send(number, AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {}))).await;
+    }
+
+    /// The next method closes the connection with this, and the socket ends after close-ok.
+    pub async fn expect_connection_error(mut self, code: u16, text: &str) {
+        match self.method(0).await {
+            AMQPClass::Connection(connection::AMQPMethod::Close(close)) => {
+                assert_eq!((close.reply_code, close.reply_text.as_str()), (code, text));
+            }
+            other => panic!("no connection.close: {other:?}"),
+        }
+        self.send(0, AMQPClass::Connection(connection::AMQPMethod::CloseOk(connection::CloseOk {}))).await;
+        assert_eq!(self.frame_or_end().await, None);
+    }
+
+    /// The socket ends without a word. Answers how long that took.
+    pub async fn expect_drop(&mut self) -> Duration {
+        let begun = std::time::Instant::now();
+        let frame = self.frame_or_end().await;
+        assert_eq!(frame, None, "expected the end of the connection");
+        begun.elapsed()
+    }
+}
+
+pub fn close_method() -> AMQPClass {
+    let close = connection::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 };
+    AMQPClass::Connection(connection::AMQPMethod::Close(close))
+}
+
+/// A queue that outlives a restart.
+pub fn durable(name: &str) -> Declare {
+    Declare { queue: name.into(), durable: true, ..Default::default() }
+}
+
+/// A queue that does not.
+pub fn transient(name: &str) -> Declare {
+    Declare { queue: name.into(), ..Default::default() }
+}
+
+pub fn exclusive(name: &str) -> Declare {
+    Declare { queue: name.into(), exclusive: true, ..Default::default() }
+}
+
+pub fn auto_delete(name: &str) -> Declare {
+    Declare { queue: name.into(), auto_delete: true, ..Default::default() }
+}
