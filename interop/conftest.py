@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pika
@@ -34,29 +34,62 @@ def server(amqp_url: str) -> Server:
     return Server(properties["product"], tuple(int(number) for number in numbers))
 
 
-@pytest.fixture(scope="session")
-def janitor(amqp_url: str) -> Iterator[Callable[[str], None]]:
-    """Deletes the queue and the exchange of a name, whichever exist."""
-    parameters = pika.URLParameters(amqp_url)
-    parameters.heartbeat = 0
-    connection = pika.BlockingConnection(parameters)
-    channels: list[BlockingChannel] = [connection.channel()]
+@contextmanager
+def patience(connection: BlockingConnection, seconds: float) -> Iterator[None]:
+    """Raises if the broker keeps the connection waiting longer; pika itself would wait for ever."""
 
-    def delete(name: str) -> None:
+    def give_up() -> None:
+        raise TimeoutError(f"the broker did not answer within {seconds} s")
+
+    timer = connection._impl.ioloop.call_later(seconds, give_up)
+    try:
+        yield
+    finally:
+        connection._impl.ioloop.remove_timeout(timer)
+
+
+class Janitor:
+    """Deletes what tests have declared, over a connection of its own."""
+
+    def __init__(self, url: str):
+        self.parameters = pika.URLParameters(url)
+        self.parameters.heartbeat = 0
+        self.channel: BlockingChannel | None = None
+
+    def delete(self, name: str) -> None:
+        """Deletes the queue and the exchange of this name, whichever exist."""
         for deletion in ("queue_delete", "exchange_delete"):
+            channel = self._open()
             try:
-                getattr(channels[0], deletion)(name)
+                with patience(channel.connection, 10):
+                    getattr(channel, deletion)(name)
             except pika.exceptions.ChannelClosedByBroker as error:
-                # An exclusive queue whose connection is just being taken down.
-                assert error.reply_code == 405, error
-                channels[0] = connection.channel()
+                # An exclusive queue whose connection is just being taken down goes by itself.
+                if error.reply_code != 405:
+                    raise
 
-    yield delete
-    connection.close()
+    def _open(self) -> BlockingChannel:
+        if self.channel is None or self.channel.connection.is_closed:
+            self.channel = pika.BlockingConnection(self.parameters).channel()
+        elif self.channel.is_closed:
+            self.channel = self.channel.connection.channel()
+        return self.channel
+
+    def leave(self) -> None:
+        if self.channel is not None and self.channel.connection.is_open:
+            with patience(self.channel.connection, 10):
+                self.channel.connection.close()
+
+
+@pytest.fixture(scope="session")
+def janitor(amqp_url: str) -> Iterator[Janitor]:
+    janitor = Janitor(amqp_url)
+    yield janitor
+    janitor.leave()
 
 
 @pytest.fixture
-def name(janitor: Callable[[str], None]) -> Iterator[Callable[..., str]]:
+def name(janitor: Janitor) -> Iterator[Callable[..., str]]:
     """Makes names for queues and exchanges; what they name is deleted after the test."""
     made: list[str] = []
 
@@ -66,36 +99,27 @@ def name(janitor: Callable[[str], None]) -> Iterator[Callable[..., str]]:
 
     yield make
     for each in made:
-        janitor(each)
-
-
-def give_up_after(seconds: float, connection: BlockingConnection) -> None:
-    """Makes whatever waits for the broker then raise; pika itself would wait without end."""
-
-    def give_up() -> None:
-        raise TimeoutError("the broker did not answer in time")
-
-    connection._impl.ioloop.call_later(seconds, give_up)
+        janitor.delete(each)
 
 
 @pytest.fixture
 def connect(amqp_url: str, name: Any) -> Iterator[Callable[..., BlockingConnection]]:
-    """Opens further connections: `connect(frame_max=8192)`. None of them waits for ever."""
+    """Opens connections: `connect(frame_max=8192)`. None of them waits for the broker for ever."""
     opened: list[BlockingConnection] = []
+    with ExitStack() as limits:
 
-    def open_connection(**overrides: Any) -> BlockingConnection:
-        parameters = pika.URLParameters(amqp_url)
-        for key, value in overrides.items():
-            setattr(parameters, key, value)
-        opened.append(pika.BlockingConnection(parameters))
-        give_up_after(40, opened[-1])
-        return opened[-1]
+        def open_connection(**overrides: Any) -> BlockingConnection:
+            parameters = pika.URLParameters(amqp_url)
+            for key, value in overrides.items():
+                setattr(parameters, key, value)
+            opened.append(pika.BlockingConnection(parameters))
+            limits.enter_context(patience(opened[-1], 40))
+            return opened[-1]
 
-    yield open_connection
+        yield open_connection
     for connection in opened:
         if connection.is_open:
-            give_up_after(5, connection)
-            with suppress(pika.exceptions.AMQPError):
+            with patience(connection, 5), suppress(pika.exceptions.AMQPError):
                 connection.close()
 
 

@@ -38,8 +38,16 @@ CODE_NAMES = {
 
 # name: (class id, method id, fields in order); several fields of type bit share an octet.
 METHODS: dict[str, tuple[int, int, str]] = {
-    "connection.start": (10, 10, "version_major:u8 version_minor:u8 server_properties:table mechanisms:longstr locales:longstr"),
-    "connection.start-ok": (10, 11, "client_properties:table mechanism:shortstr response:longstr locale:shortstr"),
+    "connection.start": (
+        10,
+        10,
+        "version_major:u8 version_minor:u8 server_properties:table mechanisms:longstr locales:longstr",
+    ),
+    "connection.start-ok": (
+        10,
+        11,
+        "client_properties:table mechanism:shortstr response:longstr locale:shortstr",
+    ),
     "connection.secure": (10, 20, "challenge:longstr"),
     "connection.secure-ok": (10, 21, "response:longstr"),
     "connection.tune": (10, 30, "channel_max:u16 frame_max:u32 heartbeat:u16"),
@@ -60,19 +68,43 @@ METHODS: dict[str, tuple[int, int, str]] = {
     "channel.close-ok": (20, 41, ""),
     "access.request": (30, 10, "realm:shortstr exclusive:bit passive:bit active:bit write:bit read:bit"),
     "access.request-ok": (30, 11, "ticket:u16"),
-    "exchange.declare": (40, 10, "ticket:u16 exchange:shortstr type:shortstr passive:bit durable:bit auto_delete:bit internal:bit nowait:bit arguments:table"),
+    "exchange.declare": (
+        40,
+        10,
+        "ticket:u16 exchange:shortstr type:shortstr passive:bit durable:bit auto_delete:bit internal:bit nowait:bit arguments:table",
+    ),
     "exchange.declare-ok": (40, 11, ""),
     "exchange.delete": (40, 20, "ticket:u16 exchange:shortstr if_unused:bit nowait:bit"),
     "exchange.delete-ok": (40, 21, ""),
-    "exchange.bind": (40, 30, "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table"),
+    "exchange.bind": (
+        40,
+        30,
+        "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table",
+    ),
     "exchange.bind-ok": (40, 31, ""),
-    "exchange.unbind": (40, 40, "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table"),
+    "exchange.unbind": (
+        40,
+        40,
+        "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table",
+    ),
     "exchange.unbind-ok": (40, 51, ""),
-    "queue.declare": (50, 10, "ticket:u16 queue:shortstr passive:bit durable:bit exclusive:bit auto_delete:bit nowait:bit arguments:table"),
+    "queue.declare": (
+        50,
+        10,
+        "ticket:u16 queue:shortstr passive:bit durable:bit exclusive:bit auto_delete:bit nowait:bit arguments:table",
+    ),
     "queue.declare-ok": (50, 11, "queue:shortstr message_count:u32 consumer_count:u32"),
-    "queue.bind": (50, 20, "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr nowait:bit arguments:table"),
+    "queue.bind": (
+        50,
+        20,
+        "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr nowait:bit arguments:table",
+    ),
     "queue.bind-ok": (50, 21, ""),
-    "queue.unbind": (50, 50, "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr arguments:table"),
+    "queue.unbind": (
+        50,
+        50,
+        "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr arguments:table",
+    ),
     "queue.unbind-ok": (50, 51, ""),
     "queue.purge": (50, 30, "ticket:u16 queue:shortstr nowait:bit"),
     "queue.purge-ok": (50, 31, "message_count:u32"),
@@ -80,15 +112,31 @@ METHODS: dict[str, tuple[int, int, str]] = {
     "queue.delete-ok": (50, 41, "message_count:u32"),
     "basic.qos": (60, 10, "prefetch_size:u32 prefetch_count:u16 global_qos:bit"),
     "basic.qos-ok": (60, 11, ""),
-    "basic.consume": (60, 20, "ticket:u16 queue:shortstr consumer_tag:shortstr no_local:bit no_ack:bit exclusive:bit nowait:bit arguments:table"),
+    "basic.consume": (
+        60,
+        20,
+        "ticket:u16 queue:shortstr consumer_tag:shortstr no_local:bit no_ack:bit exclusive:bit nowait:bit arguments:table",
+    ),
     "basic.consume-ok": (60, 21, "consumer_tag:shortstr"),
     "basic.cancel": (60, 30, "consumer_tag:shortstr nowait:bit"),
     "basic.cancel-ok": (60, 31, "consumer_tag:shortstr"),
-    "basic.publish": (60, 40, "ticket:u16 exchange:shortstr routing_key:shortstr mandatory:bit immediate:bit"),
+    "basic.publish": (
+        60,
+        40,
+        "ticket:u16 exchange:shortstr routing_key:shortstr mandatory:bit immediate:bit",
+    ),
     "basic.return": (60, 50, "reply_code:u16 reply_text:shortstr exchange:shortstr routing_key:shortstr"),
-    "basic.deliver": (60, 60, "consumer_tag:shortstr delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr"),
+    "basic.deliver": (
+        60,
+        60,
+        "consumer_tag:shortstr delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr",
+    ),
     "basic.get": (60, 70, "ticket:u16 queue:shortstr no_ack:bit"),
-    "basic.get-ok": (60, 71, "delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr message_count:u32"),
+    "basic.get-ok": (
+        60,
+        71,
+        "delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr message_count:u32",
+    ),
     "basic.get-empty": (60, 72, "cluster_id:shortstr"),
     "basic.ack": (60, 80, "delivery_tag:u64 multiple:bit"),
     "basic.reject": (60, 90, "delivery_tag:u64 requeue:bit"),
@@ -465,9 +513,7 @@ class RawClient:
         self.password = unquote(parts.password or "guest")
         self.virtual_host = unquote(parts.path[1:]) if len(parts.path) > 1 else "/"
         self.timeout = timeout
-        self.socket = socket.create_connection(
-            (parts.hostname or "127.0.0.1", parts.port or 5672), timeout
-        )
+        self.socket = socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 5672), timeout)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = bytearray()
         self.tune: Method | None = None

@@ -148,7 +148,9 @@ def test_return_precedes_confirm_among_pipelined_publishes(confirming, queue, na
     count = 50
     confirming.send(
         b"".join(
-            publish_frames(1, "", queue if number % 2 else missing, str(number).encode(), PERSISTENT, mandatory=True)
+            publish_frames(
+                1, "", queue if number % 2 else missing, str(number).encode(), PERSISTENT, mandatory=True
+            )
             for number in range(1, count + 1)
         )
     )

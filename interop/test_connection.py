@@ -7,7 +7,16 @@ import pika
 import pika.exceptions
 import pytest
 
-from helpers import assert_close, eventually, expect_connection_close, expect_counts, get_eventually, get_one, publish, queue_exists
+from helpers import (
+    assert_close,
+    eventually,
+    expect_connection_close,
+    expect_counts,
+    get_eventually,
+    get_one,
+    publish,
+    queue_exists,
+)
 from raw import (
     FULL_CAPABILITIES,
     HEARTBEAT,
@@ -35,9 +44,7 @@ CAPABILITIES = [
     "per_consumer_qos",
     "publisher_confirms",
 ]
-LOGIN_REFUSED = (
-    "Login was refused using authentication mechanism {}. For details see the broker logfile."
-)
+LOGIN_REFUSED = "Login was refused using authentication mechanism {}. For details see the broker logfile."
 
 
 def assert_dropped_silently_after_a_pause(client):
@@ -57,7 +64,9 @@ def test_start_offers_version_locale_and_mechanisms(dial):
     assert {b"PLAIN", b"AMQPLAIN"} <= set(start.mechanisms.split(b" "))
 
 
-@pytest.mark.parametrize("key", ["cluster_name", "copyright", "information", "platform", "product", "version"])
+@pytest.mark.parametrize(
+    "key", ["cluster_name", "copyright", "information", "platform", "product", "version"]
+)
 def test_server_property_is_a_non_empty_string(key, dial):
     tag, value = dial().read_start().server_properties[key]
     assert tag == "S" and value
@@ -87,7 +96,9 @@ def test_neighbouring_version_is_answered_with_the_supported_one(version, dial):
     assert client.read_until_closed() == AMQP_0_9_1
 
 
-@pytest.mark.parametrize("header", [b"HELLO123", b"GET / HT", b"AMQP\x02\x01\x00\x00", b"\x16\x03\x01\x02\x00\x01\x00\x01"])
+@pytest.mark.parametrize(
+    "header", [b"HELLO123", b"GET / HT", b"AMQP\x02\x01\x00\x00", b"\x16\x03\x01\x02\x00\x01\x00\x01"]
+)
 def test_foreign_protocol_is_answered_with_a_supported_header(header, dial, server):
     client = dial()
     client.send(header)
@@ -185,7 +196,9 @@ def test_client_properties_of_every_type_are_accepted(dial):
 
 
 @pytest.mark.parametrize(
-    "response", [b"\x00guest\x00wrong", b"\x00guest\x00", b"\x00nobody\x00guest"], ids=["wrong", "blank", "unknown_user"]
+    "response",
+    [b"\x00guest\x00wrong", b"\x00guest\x00", b"\x00nobody\x00guest"],
+    ids=["wrong", "blank", "unknown_user"],
 )
 def test_refused_plain_login_is_told_to_a_client_that_can_hear_it(response, dial):
     client = dial()
@@ -230,7 +243,13 @@ def test_refused_login_without_the_capability_is_dropped_silently(properties, di
         {"mechanism": "AMQPLAIN", "response": b"xx"},
         {"mechanism": "AMQPLAIN", "response": table_body({"LOGIN": "guest"})},
     ],
-    ids=["malformed", "with_authorisation_id", "unknown_mechanism", "amqplain_malformed", "amqplain_without_password"],
+    ids=[
+        "malformed",
+        "with_authorisation_id",
+        "unknown_mechanism",
+        "amqplain_malformed",
+        "amqplain_without_password",
+    ],
 )
 def test_login_that_makes_no_sense_is_dropped_silently(overrides, dial):
     client = dial()

@@ -322,7 +322,9 @@ def test_consumer_of_lower_priority_gets_what_the_higher_has_no_room_for(connect
 
 def test_consumers_of_equal_priority_take_turns(connection, channel, queue):
     arguments = {"x-priority": 3}
-    consumers = [consume(connection, connection.channel(), queue, auto_ack=True, arguments=arguments) for _ in range(2)]
+    consumers = [
+        consume(connection, connection.channel(), queue, auto_ack=True, arguments=arguments) for _ in range(2)
+    ]
     publish(channel, queue, *numbers(20))
     for deliveries in consumers:
         deliveries.wait_for(10)
@@ -400,7 +402,9 @@ def test_every_consumer_of_a_deleted_queue_is_told(connect, channel, queue):
 
 
 @pytest.mark.parametrize(
-    "capabilities", [{}, FULL_CAPABILITIES | {"consumer_cancel_notify": False}], ids=["none", "without_this_one"]
+    "capabilities",
+    [{}, FULL_CAPABILITIES | {"consumer_cancel_notify": False}],
+    ids=["none", "without_this_one"],
 )
 def test_consumer_that_cannot_hear_a_cancel_falls_silent(capabilities, raw, channel, queue):
     client = raw(1, start_ok={"client_properties": {"capabilities": capabilities}})

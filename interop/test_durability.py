@@ -44,16 +44,23 @@ def test_flags_and_arguments_are_remembered(gone, channel, name):
 
     def declare(theirs):
         theirs.queue_declare(queue, durable=True, auto_delete=True, arguments=arguments)
-        theirs.exchange_declare(exchange, "headers", durable=True, arguments={"alternate-exchange": "amq.fanout"})
+        theirs.exchange_declare(
+            exchange, "headers", durable=True, arguments={"alternate-exchange": "amq.fanout"}
+        )
 
     gone(declare)
     channel.queue_declare(queue, durable=True, auto_delete=True, arguments=arguments)
-    channel.exchange_declare(exchange, "headers", durable=True, arguments={"alternate-exchange": "amq.fanout"})
-    with channel_error(
-        406,
-        f"inequivalent arg 'x-message-ttl' for queue '{queue}' in vhost '/': received '1' but current is '600000'",
-    ):
-        channel.queue_declare(queue, durable=True, auto_delete=True, arguments=arguments | {"x-message-ttl": 1})
+    channel.exchange_declare(
+        exchange, "headers", durable=True, arguments={"alternate-exchange": "amq.fanout"}
+    )
+    text = (
+        f"inequivalent arg 'x-message-ttl' for queue '{queue}' in vhost '/':"
+        " received '1' but current is '600000'"
+    )
+    with channel_error(406, text):
+        channel.queue_declare(
+            queue, durable=True, auto_delete=True, arguments=arguments | {"x-message-ttl": 1}
+        )
 
 
 def test_bindings_outlive_their_connection(gone, channel, name):

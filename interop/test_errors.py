@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import expect_channel_close, expect_connection_close
-from raw import Typed
+from raw import Typed, content_frames, method_frame
 
 Step = tuple[str, dict[str, Any]]
 
@@ -67,15 +67,32 @@ EXCHANGE_CASES = [
         "unknown exchange type 'no-such-type'",
         in_3x=("connection", 503, "unknown exchange type 'no-such-type'"),
     ),
+    Case(
+        "declaring the default exchange with an unknown type",
+        exchange_declare(exchange="", type="no-such-type"),
+        406,
+        "unknown exchange type 'no-such-type'",
+        in_3x=("connection", 503, "unknown exchange type 'no-such-type'"),
+    ),
     Case("declaring the default exchange", exchange_declare(exchange=""), 403, NO_DEFAULT),
-    Case("passively declaring the default exchange", exchange_declare(exchange="", passive=True), 403, NO_DEFAULT),
+    Case(
+        "passively declaring the default exchange",
+        exchange_declare(exchange="", passive=True),
+        403,
+        NO_DEFAULT,
+    ),
     Case(
         "declaring a reserved exchange name",
         exchange_declare(exchange="amq.interop"),
         403,
         "exchange name 'amq.interop' contains reserved prefix 'amq.*'",
     ),
-    Case("passively declaring a missing exchange", exchange_declare(exchange="$none", passive=True), 404, NO_EXCHANGE),
+    Case(
+        "passively declaring a missing exchange",
+        exchange_declare(exchange="$none", passive=True),
+        404,
+        NO_EXCHANGE,
+    ),
     Case(
         "redeclaring an exchange with another type",
         exchange_declare(type="fanout"),
@@ -108,14 +125,22 @@ EXCHANGE_CASES = [
         "redeclaring an exchange with an alternate exchange it had not",
         exchange_declare(arguments={"alternate-exchange": "other"}),
         406,
-        inequivalent("exchange", "alternate-exchange", "received the value 'other' of type 'longstr' but current is none"),
+        inequivalent(
+            "exchange",
+            "alternate-exchange",
+            "received the value 'other' of type 'longstr' but current is none",
+        ),
         (EXCHANGE,),
     ),
     Case(
         "redeclaring an exchange without the alternate exchange it has",
         exchange_declare(),
         406,
-        inequivalent("exchange", "alternate-exchange", "received none but current is the value 'other' of type 'longstr'"),
+        inequivalent(
+            "exchange",
+            "alternate-exchange",
+            "received none but current is the value 'other' of type 'longstr'",
+        ),
         (exchange_declare(arguments={"alternate-exchange": "other"}),),
     ),
     Case(
@@ -129,7 +154,8 @@ EXCHANGE_CASES = [
         "redeclaring a predeclared exchange as transient",
         exchange_declare(exchange="amq.topic", type="topic"),
         406,
-        "inequivalent arg 'durable' for exchange 'amq.topic' in vhost '/': received 'false' but current is 'true'",
+        "inequivalent arg 'durable' for exchange 'amq.topic' in vhost '/':"
+        " received 'false' but current is 'true'",
     ),
     Case(
         "declaring an alternate exchange that is no string",
@@ -247,14 +273,18 @@ QUEUE_CASES = [
         "redeclaring a queue with an argument it had not",
         queue_declare(arguments={"x-message-ttl": 60000}),
         406,
-        inequivalent("queue", "x-message-ttl", "received the value '60000' of type 'signedint' but current is none"),
+        inequivalent(
+            "queue", "x-message-ttl", "received the value '60000' of type 'signedint' but current is none"
+        ),
         (QUEUE,),
     ),
     Case(
         "redeclaring a queue with a 64-bit argument it had not",
         queue_declare(arguments={"x-message-ttl": Typed("l", 60000)}),
         406,
-        inequivalent("queue", "x-message-ttl", "received the value '60000' of type 'long' but current is none"),
+        inequivalent(
+            "queue", "x-message-ttl", "received the value '60000' of type 'long' but current is none"
+        ),
         (QUEUE,),
     ),
     Case(
@@ -278,14 +308,29 @@ QUEUE_CASES = [
         inequivalent("queue", "x-dead-letter-exchange", "received 'b' but current is 'a'"),
         (queue_declare(arguments={"x-dead-letter-exchange": "a"}),),
     ),
-    Case("binding with no queue declared before", ("queue.bind", {"exchange": "amq.direct"}), 404, NO_PREVIOUS),
-    Case("unbinding with no queue declared before", ("queue.unbind", {"exchange": "amq.direct"}), 404, NO_PREVIOUS),
+    Case(
+        "binding with no queue declared before", ("queue.bind", {"exchange": "amq.direct"}), 404, NO_PREVIOUS
+    ),
+    Case(
+        "unbinding with no queue declared before",
+        ("queue.unbind", {"exchange": "amq.direct"}),
+        404,
+        NO_PREVIOUS,
+    ),
     Case("purging with no queue declared before", ("queue.purge", {}), 404, NO_PREVIOUS),
     Case("deleting with no queue declared before", ("queue.delete", {}), 404, NO_PREVIOUS),
     Case("getting with no queue declared before", ("basic.get", {}), 404, NO_PREVIOUS),
     Case("consuming with no queue declared before", ("basic.consume", {}), 404, NO_PREVIOUS),
-    Case("binding a missing queue", ("queue.bind", {"queue": "$none", "exchange": "amq.direct"}), 404, NO_QUEUE),
-    Case("binding to a missing exchange", ("queue.bind", {"queue": "$q", "exchange": "$none"}), 404, NO_EXCHANGE, (QUEUE,)),
+    Case(
+        "binding a missing queue", ("queue.bind", {"queue": "$none", "exchange": "amq.direct"}), 404, NO_QUEUE
+    ),
+    Case(
+        "binding to a missing exchange",
+        ("queue.bind", {"queue": "$q", "exchange": "$none"}),
+        404,
+        NO_EXCHANGE,
+        (QUEUE,),
+    ),
     Case(
         "binding a missing queue to a missing exchange",
         ("queue.bind", {"queue": "missing", "exchange": "$none"}),
@@ -338,7 +383,12 @@ QUEUE_CASES = [
 ]
 
 QUEUE_ARGUMENT_CASES = [
-    Case(f"declaring {argument} as {value!r}", queue_declare(arguments={argument: value}), 406, invalid(argument, rest))
+    Case(
+        f"declaring {argument} as {value!r}",
+        queue_declare(arguments={argument: value}),
+        406,
+        invalid(argument, rest),
+    )
     for argument, value, rest in [
         ("x-message-ttl", "a", ': "expected integer, got longstr"'),
         ("x-message-ttl", True, ': "expected integer, got bool"'),
@@ -379,65 +429,100 @@ QUEUE_ARGUMENT_CASES = [
     ),
 ]
 
-PUBLISH_CASES = [
-    Case("publishing to a missing exchange", publish("$none"), 404, NO_EXCHANGE),
-    Case(
-        "publishing to an internal exchange",
-        publish("$x"),
-        403,
-        "cannot publish to internal exchange '$x' in vhost '/'",
-        (exchange_declare(internal=True),),
-    ),
-    Case(
-        "publishing to the predeclared internal exchange",
-        publish("amq.rabbitmq.trace"),
-        403,
-        "cannot publish to internal exchange 'amq.rabbitmq.trace' in vhost '/'",
-    ),
-    Case(
-        "publishing under another user's name",
-        publish(properties={"user_id": "somebody"}),
-        406,
-        "user_id property set to 'somebody' but authenticated user was 'guest'",
-    ),
-    Case(
-        "publishing a request for direct reply without a reply consumer",
-        publish(properties={"reply_to": "amq.rabbitmq.reply-to"}),
-        406,
-        "fast reply consumer does not exist",
-    ),
-] + [
-    Case(
-        f"publishing with the expiration {expiration!r}",
-        publish(properties={"expiration": expiration}),
-        406,
-        f"invalid expiration '{expiration}': {reason}",
-    )
-    for expiration, reason in [
-        ("", "no_integer"),
-        ("soon", "no_integer"),
-        (" 5", "no_integer"),
-        ("5ms", '{leftover_string,"ms"}'),
-        ("1.5", '{leftover_string,".5"}'),
-        ("-1", "{value_negative,-1}"),
-        ("315360000001", "{value_too_large,315360000001}"),
+PUBLISH_CASES = (
+    [
+        Case("publishing to a missing exchange", publish("$none"), 404, NO_EXCHANGE),
+        Case(
+            "publishing to an internal exchange",
+            publish("$x"),
+            403,
+            "cannot publish to internal exchange '$x' in vhost '/'",
+            (exchange_declare(internal=True),),
+        ),
+        Case(
+            "publishing to the predeclared internal exchange",
+            publish("amq.rabbitmq.trace"),
+            403,
+            "cannot publish to internal exchange 'amq.rabbitmq.trace' in vhost '/'",
+        ),
+        Case(
+            "publishing to a missing exchange with a bad expiration",
+            publish("$none", properties={"expiration": "soon"}),
+            404,
+            NO_EXCHANGE,
+        ),
+        Case(
+            "publishing to an internal exchange with a bad expiration",
+            publish("amq.rabbitmq.trace", properties={"expiration": "soon"}),
+            403,
+            "cannot publish to internal exchange 'amq.rabbitmq.trace' in vhost '/'",
+        ),
+        Case(
+            "publishing with a bad expiration and a request for direct reply",
+            publish(properties={"expiration": "soon", "reply_to": "amq.rabbitmq.reply-to"}),
+            406,
+            "fast reply consumer does not exist",
+        ),
+        Case(
+            "publishing with a bad CC header and a bad expiration",
+            publish(properties={"expiration": "soon", "headers": {"CC": "one"}}),
+            406,
+            "invalid expiration 'soon': no_integer",
+        ),
+        Case(
+            "publishing under another user's name with a bad CC header",
+            publish(properties={"user_id": "somebody", "headers": {"CC": "one"}}),
+            406,
+            'invalid message: {unacceptable_type_in_header,"CC",longstr}',
+            in_3x=("channel", 406, "user_id property set to 'somebody' but authenticated user was 'guest'"),
+        ),
+        Case(
+            "publishing under another user's name",
+            publish(properties={"user_id": "somebody"}),
+            406,
+            "user_id property set to 'somebody' but authenticated user was 'guest'",
+        ),
+        Case(
+            "publishing a request for direct reply without a reply consumer",
+            publish(properties={"reply_to": "amq.rabbitmq.reply-to"}),
+            406,
+            "fast reply consumer does not exist",
+        ),
     ]
-] + [
-    Case(
-        f"publishing with the header {header} as {kind}",
-        publish(properties={"headers": {header: value}}),
-        406,
-        f'invalid message: {{unacceptable_type_in_header,"{header}",{kind}}}',
-    )
-    for header, value, kind in [
-        ("CC", "one", "longstr"),
-        ("CC", 5, "signedint"),
-        ("CC", None, "void"),
-        ("BCC", "one", "longstr"),
-        ("BCC", {}, "table"),
-        ("BCC", True, "bool"),
+    + [
+        Case(
+            f"publishing with the expiration {expiration!r}",
+            publish(properties={"expiration": expiration}),
+            406,
+            f"invalid expiration '{expiration}': {reason}",
+        )
+        for expiration, reason in [
+            ("", "no_integer"),
+            ("soon", "no_integer"),
+            (" 5", "no_integer"),
+            ("5ms", '{leftover_string,"ms"}'),
+            ("1.5", '{leftover_string,".5"}'),
+            ("-1", "{value_negative,-1}"),
+            ("315360000001", "{value_too_large,315360000001}"),
+        ]
     ]
-]
+    + [
+        Case(
+            f"publishing with the header {header} as {kind}",
+            publish(properties={"headers": {header: value}}),
+            406,
+            f'invalid message: {{unacceptable_type_in_header,"{header}",{kind}}}',
+        )
+        for header, value, kind in [
+            ("CC", "one", "longstr"),
+            ("CC", 5, "signedint"),
+            ("CC", None, "void"),
+            ("BCC", "one", "longstr"),
+            ("BCC", {}, "table"),
+            ("BCC", True, "bool"),
+        ]
+    ]
+)
 
 CONSUME_CASES = [
     Case("consuming from a missing queue", consume(queue="$none"), 404, NO_QUEUE),
@@ -487,52 +572,91 @@ CONSUME_CASES = [
     for value, kind in [("high", "longstr"), (1.5, "double"), (True, "bool"), (None, "void")]
 ]
 
-SETTLE_CASES = [
-    Case(f"{method.split('.')[1]} of an unknown delivery tag", (method, {"delivery_tag": 9}), 406, "unknown delivery tag 9")
-    for method in ("basic.ack", "basic.nack", "basic.reject")
-] + [
-    Case(f"{method.split('.')[1]} of the delivery tag 0 alone", (method, {}), 406, "unknown delivery tag 0")
-    for method in ("basic.ack", "basic.nack", "basic.reject")
-] + [
-    Case(
-        "acknowledging up to an unknown delivery tag",
-        ("basic.ack", {"delivery_tag": 2, "multiple": True}),
-        406,
-        "unknown delivery tag 2",
-        (QUEUE, publish(routing_key="$q"), ("basic.get", {"queue": "$q"})),
-    ),
-    Case(
-        "acknowledging twice",
-        ("basic.ack", {"delivery_tag": 1}),
-        406,
-        "unknown delivery tag 1",
-        (QUEUE, publish(routing_key="$q"), ("basic.get", {"queue": "$q"}), ("basic.ack", {"delivery_tag": 1})),
-    ),
-    Case(
-        "acknowledging a delivery that needs none",
-        ("basic.ack", {"delivery_tag": 1}),
-        406,
-        "unknown delivery tag 1",
-        (QUEUE, publish(routing_key="$q"), ("basic.get", {"queue": "$q", "no_ack": True})),
-    ),
-    Case(
-        "acknowledging up to a tag that was settled, with others outstanding",
-        ("basic.ack", {"delivery_tag": 2, "multiple": True}),
-        406,
-        "unknown delivery tag 2",
-        (QUEUE, *[publish(routing_key="$q")] * 3, *[("basic.get", {"queue": "$q"})] * 3, ("basic.ack", {"delivery_tag": 2})),
-    ),
-]
+SETTLE_CASES = (
+    [
+        Case(
+            f"{method.split('.')[1]} of an unknown delivery tag",
+            (method, {"delivery_tag": 9}),
+            406,
+            "unknown delivery tag 9",
+        )
+        for method in ("basic.ack", "basic.nack", "basic.reject")
+    ]
+    + [
+        Case(
+            f"{method.split('.')[1]} of the delivery tag 0 alone", (method, {}), 406, "unknown delivery tag 0"
+        )
+        for method in ("basic.ack", "basic.nack", "basic.reject")
+    ]
+    + [
+        Case(
+            "acknowledging up to an unknown delivery tag",
+            ("basic.ack", {"delivery_tag": 2, "multiple": True}),
+            406,
+            "unknown delivery tag 2",
+            (QUEUE, publish(routing_key="$q"), ("basic.get", {"queue": "$q"})),
+        ),
+        Case(
+            "acknowledging twice",
+            ("basic.ack", {"delivery_tag": 1}),
+            406,
+            "unknown delivery tag 1",
+            (
+                QUEUE,
+                publish(routing_key="$q"),
+                ("basic.get", {"queue": "$q"}),
+                ("basic.ack", {"delivery_tag": 1}),
+            ),
+        ),
+        Case(
+            "acknowledging a delivery that needs none",
+            ("basic.ack", {"delivery_tag": 1}),
+            406,
+            "unknown delivery tag 1",
+            (QUEUE, publish(routing_key="$q"), ("basic.get", {"queue": "$q", "no_ack": True})),
+        ),
+        Case(
+            "acknowledging up to a tag that was settled, with others outstanding",
+            ("basic.ack", {"delivery_tag": 2, "multiple": True}),
+            406,
+            "unknown delivery tag 2",
+            (
+                QUEUE,
+                *[publish(routing_key="$q")] * 3,
+                *[("basic.get", {"queue": "$q"})] * 3,
+                ("basic.ack", {"delivery_tag": 2}),
+            ),
+        ),
+    ]
+)
 
 MODE_CASES = [
     Case("committing without a transaction", ("tx.commit", {}), 406, "channel is not transactional"),
     Case("rolling back without a transaction", ("tx.rollback", {}), 406, "channel is not transactional"),
-    Case("selecting confirms in a transaction", ("confirm.select", {}), 406, "cannot switch from tx to confirm mode", (("tx.select", {}),)),
-    Case("selecting a transaction with confirms", ("tx.select", {}), 406, "cannot switch from confirm to tx mode", (("confirm.select", {}),)),
+    Case(
+        "selecting confirms in a transaction",
+        ("confirm.select", {}),
+        406,
+        "cannot switch from tx to confirm mode",
+        (("tx.select", {}),),
+    ),
+    Case(
+        "selecting a transaction with confirms",
+        ("tx.select", {}),
+        406,
+        "cannot switch from confirm to tx mode",
+        (("confirm.select", {}),),
+    ),
 ]
 
 CHANNEL_CASES = (
-    EXCHANGE_CASES + QUEUE_CASES + QUEUE_ARGUMENT_CASES + PUBLISH_CASES + CONSUME_CASES + SETTLE_CASES + MODE_CASES
+    EXCHANGE_CASES
+    + QUEUE_CASES
+    + QUEUE_ARGUMENT_CASES
+    + PUBLISH_CASES
+    + CONSUME_CASES
+    + SETTLE_CASES
+    + MODE_CASES
 )
 
 CONNECTION_CASES = [
@@ -541,10 +665,22 @@ CONNECTION_CASES = [
     Case("limiting the prefetch by size", ("basic.qos", {"prefetch_size": 7}), 540, "prefetch_size!=0 (7)"),
     Case("publishing immediate", publish(immediate=True), 540, "immediate=true"),
     Case("recovering without requeue", ("basic.recover", {"requeue": False}), 540, "requeue=false"),
-    Case("recovering asynchronously without requeue", ("basic.recover-async", {"requeue": False}), 540, "requeue=false"),
+    Case(
+        "recovering asynchronously without requeue",
+        ("basic.recover-async", {"requeue": False}),
+        540,
+        "requeue=false",
+    ),
     Case(
         "reusing a consumer tag",
         consume(consumer_tag="twice"),
+        530,
+        "attempt to reuse consumer tag 'twice'",
+        (QUEUE, consume(consumer_tag="twice")),
+    ),
+    Case(
+        "reusing a consumer tag on a missing queue",
+        consume(queue="$none", consumer_tag="twice"),
         530,
         "attempt to reuse consumer tag 'twice'",
         (QUEUE, consume(consumer_tag="twice")),
@@ -558,6 +694,8 @@ CONNECTION_CASES = [
         "connection.close",
         "connection.update-secret",
         "channel.open-ok",
+        "channel.flow-ok",
+        "channel.close-ok",
         "exchange.declare-ok",
         "queue.declare-ok",
         "basic.qos-ok",
@@ -628,7 +766,15 @@ def test_closes_the_connection(case, client, names):
 
 @pytest.mark.parametrize(
     "method",
-    ["channel.open", "channel.close", "exchange.declare", "queue.declare", "basic.publish", "confirm.select", "tx.select"],
+    [
+        "channel.open",
+        "channel.close",
+        "exchange.declare",
+        "queue.declare",
+        "basic.publish",
+        "confirm.select",
+        "tx.select",
+    ],
 )
 def test_channel_method_on_channel_zero_closes_the_connection(method, client):
     client.send_method(0, method)
@@ -636,7 +782,14 @@ def test_channel_method_on_channel_zero_closes_the_connection(method, client):
 
 
 @pytest.mark.parametrize(
-    "method", ["connection.start-ok", "connection.secure-ok", "connection.tune-ok", "connection.open", "connection.close-ok"]
+    "method",
+    [
+        "connection.start-ok",
+        "connection.secure-ok",
+        "connection.tune-ok",
+        "connection.open",
+        "connection.close-ok",
+    ],
 )
 def test_handshake_method_on_a_running_connection_closes_it(method, client):
     client.send_method(0, method)
@@ -660,7 +813,13 @@ def test_method_on_a_channel_not_open_closes_the_connection(method, fields, clie
     expect_connection_close(client, 504, "expected 'channel.open'", method)
 
 
-def test_text_longer_than_a_short_string_is_cut_and_ends_in_dots(client, names):
+@pytest.mark.parametrize("method", ["basic.deliver", "basic.return", "basic.get-ok"])
+def test_content_only_a_server_sends_closes_the_connection(method, client):
+    client.send(method_frame(1, method) + content_frames(1, b"content"))
+    expect_connection_close(client, 503, "unimplemented method", method)
+
+
+def test_text_longer_than_a_short_string_is_cut_and_ends_in_dots(client):
     queue = "q" * 250
     client.send_method(1, "queue.declare", queue=queue, passive=True)
     received = client.read()

@@ -39,18 +39,28 @@ def test_predeclared_exchange_is_durable_and_of_its_type(exchange, channel):
 def test_predeclared_exchange_is_not_of_another_type(exchange, channel):
     kind = PREDECLARED[exchange][0]
     other = "fanout" if kind != "fanout" else "direct"
-    text = f"inequivalent arg 'type' for exchange '{exchange}' in vhost '/': received '{other}' but current is '{kind}'"
+    text = (
+        f"inequivalent arg 'type' for exchange '{exchange}' in vhost '/':"
+        f" received '{other}' but current is '{kind}'"
+    )
     with channel_error(406, text):
         channel.exchange_declare(exchange, other, durable=True)
 
 
 @pytest.mark.parametrize("kind", ["direct", "fanout", "topic", "headers"])
-@pytest.mark.parametrize("durable, auto_delete, internal", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "durable, auto_delete, internal", [(True, False, False), (False, True, False), (False, False, True)]
+)
 def test_exchange_can_be_declared_again_just_as_it_is(kind, durable, auto_delete, internal, channel, name):
     exchange = name()
     for _ in range(2):
         channel.exchange_declare(
-            exchange, kind, durable=durable, auto_delete=auto_delete, internal=internal, arguments={"x-note": "any"}
+            exchange,
+            kind,
+            durable=durable,
+            auto_delete=auto_delete,
+            internal=internal,
+            arguments={"x-note": "any"},
         )
 
 
@@ -88,7 +98,9 @@ def test_line_ends_are_removed_from_the_name(channel, connection, name):
     assert exchange_exists(connection, exchange)
 
 
-@pytest.mark.parametrize("tail", ["-ünï-兎-🐇", "-with space", "-" + "x" * 220], ids=["unicode", "space", "long"])
+@pytest.mark.parametrize(
+    "tail", ["-ünï-兎-🐇", "-with space", "-" + "x" * 220], ids=["unicode", "space", "long"]
+)
 def test_any_text_may_be_a_name(tail, channel, connection, name):
     exchange = name() + tail
     channel.exchange_declare(exchange, auto_delete=True)

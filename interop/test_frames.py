@@ -35,7 +35,10 @@ HEADER_OF_2 = frame(HEADER_FRAME, 1, header_payload(2))
             frame(METHOD_FRAME, 1, method("tx.select"), end=0),
             "type 1, all octets = <<0,90,0,10>>: {invalid_frame_end_marker,0}",
         ),
-        (frame(BODY_FRAME, 1, b"text", end=65), 'type 3, all octets = <<"text">>: {invalid_frame_end_marker,65}'),
+        (
+            frame(BODY_FRAME, 1, b"text", end=65),
+            'type 3, all octets = <<"text">>: {invalid_frame_end_marker,65}',
+        ),
     ],
     ids=["numbers", "printable"],
 )
@@ -129,10 +132,21 @@ def test_body_of_frame_max_bytes_is_within_the_grace(raw, name):
         (method("tx.select") + b"zz", "122,122", "tx.select"),
         (method("basic.qos") + b"zz", "0,0,0,0,0,0,0,122,122", "basic.qos"),
         (method("basic.ack")[:-3], "0,0,0,0,0,0", "basic.ack"),
-        (method("queue.declare", queue="q")[:-4] + b"\x00\x00\x00\x09", "0,0,1,113,0,0,0,0,9", "queue.declare"),
+        (
+            method("queue.declare", queue="q")[:-4] + b"\x00\x00\x00\x09",
+            "0,0,1,113,0,0,0,0,9",
+            "queue.declare",
+        ),
         (method("channel.flow")[:4], "", "channel.flow"),
     ],
-    ids=["cut_off", "too_long_without_fields", "too_long", "cut_off_number", "table_longer_than_the_frame", "no_bits"],
+    ids=[
+        "cut_off",
+        "too_long_without_fields",
+        "too_long",
+        "cut_off_number",
+        "table_longer_than_the_frame",
+        "no_bits",
+    ],
 )
 def test_method_whose_fields_do_not_fit_closes_the_connection(payload, undecoded, failed, client):
     client.send(frame(METHOD_FRAME, 1, payload))
@@ -177,7 +191,11 @@ def test_method_nobody_knows_or_broken_table_drops_the_connection_without_a_clos
         (frame(HEADER_FRAME, 1, header_payload(0)), NO_CONTENT_EXPECTED, None),
         (frame(BODY_FRAME, 1, b"abc"), NO_CONTENT_EXPECTED, None),
         (frame(HEADER_FRAME, 5, header_payload(0)), NO_CONTENT_EXPECTED, None),
-        (PUBLISH + frame(HEADER_FRAME, 1, header_payload(0)) + frame(BODY_FRAME, 1, b""), NO_CONTENT_EXPECTED, None),
+        (
+            PUBLISH + frame(HEADER_FRAME, 1, header_payload(0)) + frame(BODY_FRAME, 1, b""),
+            NO_CONTENT_EXPECTED,
+            None,
+        ),
         (PUBLISH + method_frame(1, "tx.select"), NO_HEADER, "basic.publish"),
         (PUBLISH + method_frame(1, "channel.close"), NO_HEADER, "basic.publish"),
         (PUBLISH + frame(BODY_FRAME, 1, b"abc"), NO_HEADER, "basic.publish"),
@@ -220,7 +238,10 @@ def test_content_out_of_step_closes_the_connection(sent, text, failed, client):
             PUBLISH + frame(HEADER_FRAME, 1, header_payload(2**63)),
             "content body size 9223372036854775808 exceeds maximum allowed size 536870912",
         ),
-        (PUBLISH + HEADER_OF_2 + frame(BODY_FRAME, 1, b"abc"), "content body frame exceeds remaining content size"),
+        (
+            PUBLISH + HEADER_OF_2 + frame(BODY_FRAME, 1, b"abc"),
+            "content body frame exceeds remaining content size",
+        ),
         (
             PUBLISH + HEADER_OF_2 + frame(BODY_FRAME, 1, b"a") + frame(BODY_FRAME, 1, b"bc"),
             "content body frame exceeds remaining content size",

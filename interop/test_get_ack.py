@@ -21,7 +21,13 @@ def test_get_tells_how_many_are_left(client, queue):
         client.publish(1, "", queue, body)
     answers = [client.get(1, queue, no_ack=False) for _ in range(3)]
     assert [answer.args for answer in answers] == [
-        {"delivery_tag": tag, "redelivered": False, "exchange": "", "routing_key": queue, "message_count": 3 - tag}
+        {
+            "delivery_tag": tag,
+            "redelivered": False,
+            "exchange": "",
+            "routing_key": queue,
+            "message_count": 3 - tag,
+        }
         for tag in (1, 2, 3)
     ]
     assert [answer.body for answer in answers] == [b"1", b"2", b"3"]

@@ -61,7 +61,9 @@ def test_empty_header_table_stays_an_empty_header_table(client, own_queue):
     assert round_trip(client, own_queue, properties={"headers": {}}).properties == {"headers": {}}
 
 
-@pytest.mark.parametrize("key, _kind", [p for p in PROPERTIES if p[1] == "shortstr" and p[0] not in ("expiration", "user_id")])
+@pytest.mark.parametrize(
+    "key, _kind", [p for p in PROPERTIES if p[1] == "shortstr" and p[0] not in ("expiration", "user_id")]
+)
 @pytest.mark.parametrize("value", ["", "x" * 255, "ünï-🐇"], ids=["empty", "longest", "unicode"])
 def test_string_property_of_any_length_arrives(key, _kind, value, client, own_queue):
     assert round_trip(client, own_queue, properties={key: value}).properties == {key: value}
@@ -73,17 +75,23 @@ def test_delivery_mode_is_passed_on_as_it_is(mode, client, own_queue, server):
         client.publish(1, "", own_queue, b"", {"delivery_mode": mode})
         text = f"invalid message: {{delivery_mode_unknown,{mode}}}"
         return expect_channel_close(client, 406, text, "basic.publish")
-    assert round_trip(client, own_queue, properties={"delivery_mode": mode}).properties == {"delivery_mode": mode}
+    assert round_trip(client, own_queue, properties={"delivery_mode": mode}).properties == {
+        "delivery_mode": mode
+    }
 
 
 @pytest.mark.parametrize("priority", [0, 9, 255])
 def test_any_priority_is_passed_on(priority, client, own_queue):
-    assert round_trip(client, own_queue, properties={"priority": priority}).properties == {"priority": priority}
+    assert round_trip(client, own_queue, properties={"priority": priority}).properties == {
+        "priority": priority
+    }
 
 
 @pytest.mark.parametrize("timestamp", [0, 1, 2**31, 2**40])
 def test_timestamp_is_passed_on(timestamp, client, own_queue):
-    assert round_trip(client, own_queue, properties={"timestamp": timestamp}).properties == {"timestamp": timestamp}
+    assert round_trip(client, own_queue, properties={"timestamp": timestamp}).properties == {
+        "timestamp": timestamp
+    }
 
 
 def test_largest_expiration_is_accepted(client, own_queue):
@@ -149,7 +157,8 @@ def test_header_keys_may_be_any_text(client, own_queue):
 def test_second_64_bit_tag_arrives_as_a_64_bit_integer(client, own_queue):
     received = round_trip(client, own_queue, properties={"headers": {"n": Typed("L", 2**40)}})
     tag, number = received.properties["headers"]["n"]
-    assert tag in "lL" and number == 2**40
+    assert tag in "lL"
+    assert number == 2**40
 
 
 def test_header_table_larger_than_small_frames_arrives(raw, name):
@@ -161,7 +170,15 @@ def test_header_table_larger_than_small_frames_arrives(raw, name):
 
 
 def test_pika_headers_arrive_unchanged(channel, queue):
-    headers = {"string": "ü", "int": 5, "big": 2**40, "bool": True, "none": None, "list": [1, "a", {"b": 2}], "table": {"x": {"y": "z"}}}
+    headers = {
+        "string": "ü",
+        "int": 5,
+        "big": 2**40,
+        "bool": True,
+        "none": None,
+        "list": [1, "a", {"b": 2}],
+        "table": {"x": {"y": "z"}},
+    }
     publish(channel, queue, "m", headers=headers)
     assert get_one(channel, queue).properties.headers == headers
 
@@ -229,7 +246,12 @@ def test_mandatory_message_without_a_queue_is_returned_as_it_was(client, name):
     properties = {"content_type": "text/plain", "delivery_mode": 2, "headers": {"k": Typed("I", 5)}}
     client.publish(1, "", missing, b"return me", properties, mandatory=True)
     returned = client.expect("basic.return")
-    assert returned.args == {"reply_code": 312, "reply_text": "NO_ROUTE", "exchange": "", "routing_key": missing}
+    assert returned.args == {
+        "reply_code": 312,
+        "reply_text": "NO_ROUTE",
+        "exchange": "",
+        "routing_key": missing,
+    }
     assert (returned.properties, returned.body) == (properties, b"return me")
 
 
@@ -290,4 +312,6 @@ def test_refused_publish_leaves_nothing_behind(client, channel, queue):
 
 
 def test_own_user_id_is_accepted_and_delivered(client, own_queue):
-    assert round_trip(client, own_queue, properties={"user_id": client.user}).properties == {"user_id": client.user}
+    assert round_trip(client, own_queue, properties={"user_id": client.user}).properties == {
+        "user_id": client.user
+    }

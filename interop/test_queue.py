@@ -47,7 +47,9 @@ def test_server_named_queue_can_be_redeclared_passively_only(channel):
         channel.queue_declare(queue, exclusive=True)
 
 
-@pytest.mark.parametrize("tail", ["-ünï-兎-🐇", "-with space", "-" + "x" * 230], ids=["unicode", "space", "long"])
+@pytest.mark.parametrize(
+    "tail", ["-ünï-兎-🐇", "-with space", "-" + "x" * 230], ids=["unicode", "space", "long"]
+)
 def test_any_text_may_be_a_name(tail, channel, name):
     queue = (name() + tail)[:255]
     assert channel.queue_declare(queue, exclusive=True).method.queue == queue
@@ -79,7 +81,9 @@ def test_queue_can_be_declared_again_just_as_it_is(channel, name):
 def test_integer_arguments_are_compared_by_value(client, name):
     queue = name()
     for tag in "bBsuIil":
-        client.do(1, "queue.declare", queue=queue, exclusive=True, arguments={"x-message-ttl": Typed(tag, 100)})
+        client.do(
+            1, "queue.declare", queue=queue, exclusive=True, arguments={"x-message-ttl": Typed(tag, 100)}
+        )
 
 
 def test_unknown_arguments_are_not_compared(channel, name):
@@ -122,7 +126,13 @@ def test_transient_queue_need_not_be_exclusive(channel, connect, name):
 
 def test_passive_declare_compares_nothing(client, queue):
     client.do(
-        1, "queue.declare", queue=queue, passive=True, durable=False, auto_delete=True, arguments={"x-message-ttl": "bad"}
+        1,
+        "queue.declare",
+        queue=queue,
+        passive=True,
+        durable=False,
+        auto_delete=True,
+        arguments={"x-message-ttl": "bad"},
     )
 
 
@@ -352,7 +362,17 @@ def test_redeclared_queue_starts_empty(channel, queue):
         ("basic.consume", {}),
         ("basic.get", {}),
     ],
-    ids=["declare", "declare_shared", "declare_passive", "bind", "unbind", "purge", "delete", "consume", "get"],
+    ids=[
+        "declare",
+        "declare_shared",
+        "declare_passive",
+        "bind",
+        "unbind",
+        "purge",
+        "delete",
+        "consume",
+        "get",
+    ],
 )
 def test_exclusive_queue_is_locked_to_other_connections(method, fields, client, channel, name):
     queue = name()

@@ -2,7 +2,16 @@
 
 import pytest
 
-from helpers import channel_error, drain, expect_channel_close, expect_connection_close, expect_counts, get, get_one, publish
+from helpers import (
+    channel_error,
+    drain,
+    expect_channel_close,
+    expect_connection_close,
+    expect_counts,
+    get,
+    get_one,
+    publish,
+)
 from raw import method_frame, publish_frames
 
 

@@ -22,7 +22,7 @@ use crate::{
         Address, Body, Broker, ConsumerId, Delivery, DeliveryWriter, Effects, Message, Offer, Port, Queue, Round, Settled, WatermarkListener,
     },
     model::Name,
-    wire::{encode, method},
+    wire::{encode, frame::FRAME_END, method},
 };
 
 /// Bytes after which consumers of the connection are blocked until the writer has caught up.
@@ -59,8 +59,51 @@ struct ChannelOut {
     closing: bool,
 }
 
+/// The frames of the last delivery up to its body: the next one mostly differs in nothing but its tag.
+#[derive(Default)]
+struct Template {
+    to: Option<Address>,
+    names_len: usize,
+    properties_len: usize,
+    body_len: usize,
+    redelivered: bool,
+    tag_at: usize,
+    names_at: usize,
+    properties_at: usize,
+    bytes: Vec<u8>,
+}
+
+impl Template {
+    #[inline]
+    fn fits(&self, delivery: &Delivery<'_>) -> bool {
+        let message = &delivery.message;
+        self.to == Some(delivery.to)
+            && self.body_len == message.body.len()
+            && self.redelivered == delivery.redelivered
+            && self.bytes[self.names_at..self.names_at + self.names_len] == *message.names
+            && self.bytes[self.properties_at..self.properties_at + self.properties_len] == *message.properties
+    }
+
+    /// Takes over the frames just written: `written` begins with the method frame and ends before the body's bytes.
+    fn remember(&mut self, delivery: &Delivery<'_>, written: &[u8], consumer_tag_len: usize) {
+        let message = &delivery.message;
+        self.to = Some(delivery.to);
+        self.body_len = message.body.len();
+        self.redelivered = delivery.redelivered;
+        self.names_len = message.names.len();
+        self.properties_len = message.properties.len();
+        self.tag_at = 11 + consumer_tag_len;
+        self.names_at = self.tag_at + 9;
+        // Method frame end, header frame head, class, weight and body size stand between.
+        self.properties_at = self.names_at + self.names_len + 1 + 7 + 12;
+        self.bytes.clear();
+        self.bytes.extend_from_slice(written);
+    }
+}
+
 struct Inner {
     out: WriteBuffer,
+    template: Template,
     channels: ChannelMap<ChannelOut>,
     frame_max: u32,
     /// Consumers wait for the writer.
@@ -123,6 +166,7 @@ impl Outbox {
         Arc::new_cyclic(|this| Outbox {
             inner: Mutex::new(Inner {
                 out: WriteBuffer::default(),
+                template: Template::default(),
                 channels: ChannelMap::default(),
                 frame_max: 8192,
                 full: false,
@@ -300,6 +344,7 @@ impl Outbox {
     pub fn start_consumer(&self, channel: u16, slot: u32, consumer: Option<ConsumerId>, tag: &Name, no_wait: bool) {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
+        inner.template.to = None; // it may be of an earlier consumer in the same slot
         let Some(out) = inner.channels.get_mut(channel) else { return };
         if !no_wait {
             let consumer_tag = short(tag);
@@ -593,16 +638,32 @@ impl Inner {
         }
         channel.last_tag += 1;
         let tag = channel.last_tag;
-        match get_remaining {
-            None => encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names),
-            Some(remaining) => {
-                let remaining = u32::try_from(remaining).unwrap_or(u32::MAX);
-                encode::basic_get_ok(&mut self.out.bytes, number, tag, delivery.redelivered, message.names, remaining);
-            }
-        }
         if !slot.no_ack {
             slot.unacked += 1;
             channel.unacked.push(Unacked::new(tag, delivery.seq, index, message.body.len(), message.persistent));
+        }
+        let start = self.out.bytes.len();
+        match (get_remaining, message.body) {
+            (None, Body::Inline(body)) if !body.is_empty() && body.len() <= encode::body_payload_max(self.frame_max) => {
+                if self.template.fits(delivery) {
+                    self.out.bytes.extend_from_slice(&self.template.bytes);
+                    let tag_at = start + self.template.tag_at;
+                    self.out.bytes[tag_at..tag_at + 8].copy_from_slice(&tag.to_be_bytes());
+                } else {
+                    encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names);
+                    encode::content_header(&mut self.out.bytes, number, body.len() as u64, message.properties);
+                    self.out.bytes.extend_from_slice(&encode::body_head(number, body.len()));
+                    self.template.remember(delivery, &self.out.bytes[start..], slot.tag.len());
+                }
+                self.out.bytes.extend_from_slice(body);
+                self.out.bytes.push(FRAME_END);
+                return Offer::Taken;
+            }
+            (None, _) => encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names),
+            (Some(remaining), _) => {
+                let remaining = u32::try_from(remaining).unwrap_or(u32::MAX);
+                encode::basic_get_ok(&mut self.out.bytes, number, tag, delivery.redelivered, message.names, remaining);
+            }
         }
         content(&mut self.out, number, message, self.frame_max);
         Offer::Taken

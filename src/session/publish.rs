@@ -17,7 +17,7 @@ use crate::{
     auth::{Access, Resource},
     broker::{BrokerError, Body, Effects, Message, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost, encode_names, router::TopologyError},
     model::{arguments::{as_longstr, type_name}, erlang, properties::{self, Properties, plain_delivery_mode, raw_entries}},
-    wire::{self, Scan, frame, hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names}, limits::check_table},
+    wire::{self, Scan, encode, frame, hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names}, limits::check_table},
 };
 
 /// Messages of one run: how long a queue's lock may be held.
@@ -250,22 +250,44 @@ impl Session {
 }
 
 /// Collects the run; answers the names all its messages share and its length in bytes.
+///
+/// Messages of a run mostly differ in nothing but their bodies, so a method or content header frame that repeats the
+/// first one's bytes is not read again.
 #[inline]
 fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>) -> (&'a [u8], usize) {
-    let mut at = 0;
-    let mut names: &[u8] = &[];
+    let Some(first) = whole_message(number, input, max_payload) else { return (&[], 0) };
+    let names = first.message.names;
+    if !names_are_text(names) {
+        return (&[], 0);
+    }
+    run.push(first.message);
+    let (method, header) = (first.method, first.header);
+    let (properties, persistent, body_len) = (first.message.properties, first.message.persistent, first.message.body.len());
+    let repeated = method.len() + header.len();
+    let body_frame = if body_len == 0 { 0 } else { body_len + frame::OVERHEAD_BYTES };
+    let body_head = encode::body_head(number, body_len);
+    let mut at = first.len;
     while run.len() < RUN_MESSAGES {
-        let Some((message, next)) = whole_message(number, &input[at..], max_payload) else { break };
-        if run.is_empty() {
-            names = message.names;
-            if std::str::from_utf8(names).is_err() && !names_are_text(names) {
-                break;
-            }
-        } else if message.names != names {
-            break;
+        let rest = &input[at..];
+        let same = rest.len() >= repeated + body_frame && rest[..method.len()] == *method && rest[method.len()..repeated] == *header;
+        if same {
+            let frame = &rest[repeated..repeated + body_frame];
+            let body: &[u8] = match frame {
+                [] => &[],
+                [head @ .., frame::FRAME_END] if head[..frame::HEAD_BYTES] == body_head => &head[frame::HEAD_BYTES..],
+                _ => break, // a body in pieces, or a bad frame: read with care
+            };
+            run.push(Message { names, properties, body: Body::Inline(body), persistent });
+            at += repeated + body_frame;
+            continue;
         }
-        run.push(message);
-        at += next;
+        match whole_message(number, rest, max_payload) {
+            Some(next) if next.message.names == names => {
+                run.push(next.message);
+                at += next.len;
+            }
+            _ => break,
+        }
     }
     (names, at)
 }
@@ -275,9 +297,17 @@ fn names_are_text(names: &[u8]) -> bool {
     std::str::from_utf8(exchange).is_ok() && std::str::from_utf8(routing_key).is_ok()
 }
 
+/// A message in the read buffer, with the frames it came in.
+struct Whole<'a> {
+    message: Message<'a>,
+    method: &'a [u8],
+    header: &'a [u8],
+    len: usize,
+}
+
 /// A message whose three frames are all there, with nothing about it that needs a closer look.
 #[inline]
-fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<(Message<'_>, usize)> {
+fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_>> {
     let Scan::Frame(method) = wire::scan(input, max_payload) else { return None };
     if method.kind != frame::METHOD || method.channel != number || method_id(method.payload) != Some(BASIC_PUBLISH) {
         return None;
@@ -286,12 +316,12 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<(Message
     if publish.immediate || publish.mandatory {
         return None;
     }
-    let mut at = method.wire_len();
-    let Scan::Frame(header) = wire::scan(&input[at..], max_payload) else { return None };
+    let header_at = method.wire_len();
+    let Scan::Frame(header) = wire::scan(&input[header_at..], max_payload) else { return None };
     if header.kind != frame::HEADER || header.channel != number {
         return None;
     }
-    at += header.wire_len();
+    let body_at = header_at + header.wire_len();
     let header = HeaderView::read(header.payload).ok()?;
     if header.class != 60 || header.weight != 0 || header.body_size >= SHARED_BODY_BYTES as u64 {
         return None;
@@ -301,16 +331,18 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<(Message
         None if Properties::needs_attention(header.properties) => return None,
         None => Properties::parse(header.properties).ok()?.is_persistent(),
     };
+    let mut len = body_at;
     let mut body: &[u8] = &[];
     if header.body_size > 0 {
-        let Scan::Frame(frame) = wire::scan(&input[at..], max_payload) else { return None };
+        let Scan::Frame(frame) = wire::scan(&input[body_at..], max_payload) else { return None };
         if frame.kind != frame::BODY || frame.channel != number || frame.payload.len() as u64 != header.body_size {
             return None;
         }
-        at += frame.wire_len();
+        len += frame.wire_len();
         body = frame.payload;
     }
-    Some((Message { names: publish.names, properties: header.properties, body: Body::Inline(body), persistent }, at))
+    let message = Message { names: publish.names, properties: header.properties, body: Body::Inline(body), persistent };
+    Some(Whole { message, method: &input[..header_at], header: &input[header_at..body_at], len })
 }
 
 /// The store refuses durable work, so the publish is nacked instead of confirmed.

@@ -108,11 +108,19 @@ impl Queue {
     ///
     /// Hot path: one lock for the whole run, no allocation a message.
     pub fn publish(self: &Arc<Self>, messages: &[Message<'_>], effects: &mut Effects) -> Round {
-        let now = clock::now_unix_ms();
         let mut state = self.open();
         if state.deleted {
             return 0; // routed, then gone: counts as accepted
         }
+        let mut messages = messages;
+        if !state.log.has_ready() && !state.consumers.is_empty() {
+            let taken = state.pass_through(messages, effects);
+            messages = &messages[taken..];
+            if messages.is_empty() {
+                return 0;
+            }
+        }
+        let now = clock::now_unix_ms();
         let expected_bytes = messages.iter().map(record::encoded_len).sum();
         for message in messages {
             state.append(message, now, expected_bytes, self.options.durable);

@@ -169,6 +169,37 @@ impl QueueState {
         self.log.peek(&mut lost)
     }
 
+    /// Hands messages that have just arrived straight to no-ack consumers while nothing is ready before them, so that
+    /// they never enter the log. Answers how many were taken.
+    pub(super) fn pass_through(&mut self, messages: &[Message<'_>], effects: &mut Effects) -> usize {
+        let mut taken = 0;
+        while taken < messages.len() {
+            let Some((consumer, alone)) = self.consumers.current() else { break };
+            if !consumer.no_ack {
+                break;
+            }
+            let run = if alone { messages.len() } else { taken + 1 };
+            let (to, mut last) = (consumer.address, Offer::Taken);
+            let wake = consumer.port.with_writer(&mut |writer| {
+                while taken < run {
+                    last = writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: messages[taken] });
+                    if last != Offer::Taken {
+                        return;
+                    }
+                    taken += 1;
+                }
+            });
+            if wake {
+                effects.wakes.push(consumer.port.clone());
+            }
+            match last {
+                Offer::Taken => self.consumers.end_turn(),
+                Offer::Blocked | Offer::Gone => self.consumers.block_current(),
+            }
+        }
+        taken
+    }
+
     /// Offers ready messages to consumers that can take them, round robin within the highest priority.
     ///
     /// Hot path: under the queue's lock; takes the outbox of the consumer whose turn it is, once for a whole run while

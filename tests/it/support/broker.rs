@@ -38,7 +38,7 @@ fn watch_for_panics() {
 pub struct TestBroker {
     server: Option<Server>,
     config: Config,
-    hook: Option<Arc<dyn CommitHook>>,
+    gate: Option<Arc<Gate>>,
     _data: TempDir,
 }
 
@@ -53,23 +53,25 @@ impl TestBroker {
         Self::build(None, change).await
     }
 
-    /// A broker with a hook in front of every sync.
-    pub async fn with_hook(hook: Arc<dyn CommitHook>) -> Self {
-        Self::build(Some(hook), |_| {}).await
+    /// A broker with an (open) gate in front of every sync.
+    pub async fn gated() -> (Self, Arc<Gate>) {
+        let gate = Arc::new(Gate::default());
+        (Self::build(Some(gate.clone()), |_| {}).await, gate)
     }
 
-    async fn build(hook: Option<Arc<dyn CommitHook>>, change: impl FnOnce(&mut Config)) -> Self {
+    async fn build(gate: Option<Arc<Gate>>, change: impl FnOnce(&mut Config)) -> Self {
         watch_for_panics();
         let data = tempfile::tempdir().unwrap();
         let mut config = Config::for_tests(data.path().join("data"));
         change(&mut config);
-        let mut broker = TestBroker { server: None, config, hook, _data: data };
+        let mut broker = TestBroker { server: None, config, gate, _data: data };
         broker.launch().await;
         broker
     }
 
     async fn launch(&mut self) {
-        self.server = Some(Server::start_with_hook(self.config.clone(), self.hook.clone()).await.unwrap());
+        let hook = self.gate.clone().map(|gate| gate as Arc<dyn CommitHook>);
+        self.server = Some(Server::start_with_hook(self.config.clone(), hook).await.unwrap());
     }
 
     /// Stops the broker cleanly and starts it again on the same data.
@@ -125,8 +127,7 @@ impl TestBroker {
 
     pub async fn connection(&self) -> Connection {
         let uri = format!("amqp://guest:guest@{}/%2f?heartbeat=0", self.address());
-        let runtime = async_rs_runtime();
-        Connection::connect_with_runtime(&uri, ConnectionProperties::default(), runtime).await.unwrap()
+        Connection::connect(&uri, ConnectionProperties::default()).await.unwrap()
     }
 
     /// A logged-in connection of the frame client, with channel 1 open.
@@ -218,9 +219,11 @@ impl CommitHook for Gate {
     }
 }
 
-/// A gate left closed would keep the commit thread, and with it the process, from ending.
+/// A gate left closed would keep the commit thread, and with it a failed test, from ending.
 impl Drop for TestBroker {
     fn drop(&mut self) {
-        drop(self.server.take());
+        if let Some(gate) = &self.gate {
+            gate.open();
+        }
     }
 }

@@ -109,6 +109,8 @@ impl Delivered {
 pub struct Peer {
     pub socket: TcpStream,
     read: Vec<u8>,
+    /// Of `read`, what was handed out.
+    at: usize,
     pub frame_max: usize,
 }
 
@@ -116,7 +118,7 @@ impl Peer {
     pub async fn connect(address: SocketAddr) -> Peer {
         let socket = TcpStream::connect(address).await.unwrap();
         socket.set_nodelay(true).unwrap();
-        Peer { socket, read: Vec::new(), frame_max: 131_072 }
+        Peer { socket, read: Vec::new(), at: 0, frame_max: 131_072 }
     }
 
     pub async fn write(&mut self, bytes: &[u8]) {
@@ -130,20 +132,19 @@ impl Peer {
     /// The next frame; `None` at the end of the connection.
     pub async fn frame_or_end(&mut self) -> Option<Frame> {
         loop {
-            if self.read.len() >= 7 {
-                let size = u32::from_be_bytes(self.read[3..7].try_into().unwrap()) as usize;
-                if self.read.len() >= size + 8 {
-                    assert_eq!(self.read[size + 7], frames::END, "no frame end");
+            let read = &self.read[self.at..];
+            if read.len() >= 7 {
+                let size = u32::from_be_bytes(read[3..7].try_into().unwrap()) as usize;
+                if read.len() >= size + 8 {
+                    assert_eq!(read[size + 7], frames::END, "no frame end");
                     assert!(size + 8 <= self.frame_max.max(8192), "a frame over frame_max");
-                    let frame = Frame {
-                        kind: self.read[0],
-                        channel: u16::from_be_bytes([self.read[1], self.read[2]]),
-                        payload: self.read[7..size + 7].to_vec(),
-                    };
-                    self.read.drain(..size + 8);
+                    let channel = u16::from_be_bytes([read[1], read[2]]);
+                    let frame = Frame { kind: read[0], channel, payload: read[7..size + 7].to_vec() };
+                    self.at += size + 8;
                     return Some(frame);
                 }
             }
+            self.read.drain(..std::mem::take(&mut self.at));
             let mut block = [0; 64 << 10];
             match timeout(LIMIT, self.socket.read(&mut block)).await.expect("the broker says nothing") {
                 Ok(0) | Err(_) => return None,
@@ -200,6 +201,17 @@ impl Peer {
     pub async fn nothing_more(&mut self, number: u16) {
         let answer = self.call(number, AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: true }))).await;
         assert!(matches!(answer, AMQPClass::Channel(channel::AMQPMethod::FlowOk(_))), "{answer:?}");
+    }
+
+    /// A round trip past whatever is being delivered.
+    pub async fn nothing_more_but_deliveries(&mut self, number: u16) {
+        self.send(number, AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: true }))).await;
+        loop {
+            let frame = self.frame().await;
+            if frame.kind == frames::METHOD && frame.payload[..4] == [0, 20, 0, 21] {
+                return;
+            }
+        }
     }
 
     pub async fn select_confirms(&mut self, number: u16) {

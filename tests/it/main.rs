@@ -1,0 +1,14 @@
+//! Leveret as its clients see it: through real sockets, one module per area.
+//!
+//! One test target, so that RocksDB is linked once. Every test has a broker of its own (`support::TestBroker`, or
+//! `support::program` for the real binary), and waits for conditions instead of sleeping. The stock client is lapin; what
+//! a client library would hide goes through `support::Peer`, which speaks frames.
+
+mod support;
+
+mod confirm;
+mod consume;
+mod durability;
+mod leaks;
+mod paging;
+mod settle;
