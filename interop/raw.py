@@ -36,123 +36,83 @@ CODE_NAMES = {
     541: "INTERNAL_ERROR",
 }
 
-# name: (class id, method id, fields in order); several fields of type bit share an octet.
-METHODS: dict[str, tuple[int, int, str]] = {
-    "connection.start": (
-        10,
-        10,
-        "version_major:u8 version_minor:u8 server_properties:table mechanisms:longstr locales:longstr",
-    ),
-    "connection.start-ok": (
-        10,
-        11,
-        "client_properties:table mechanism:shortstr response:longstr locale:shortstr",
-    ),
-    "connection.secure": (10, 20, "challenge:longstr"),
-    "connection.secure-ok": (10, 21, "response:longstr"),
-    "connection.tune": (10, 30, "channel_max:u16 frame_max:u32 heartbeat:u16"),
-    "connection.tune-ok": (10, 31, "channel_max:u16 frame_max:u32 heartbeat:u16"),
-    "connection.open": (10, 40, "virtual_host:shortstr capabilities:shortstr insist:bit"),
-    "connection.open-ok": (10, 41, "known_hosts:shortstr"),
-    "connection.close": (10, 50, "reply_code:u16 reply_text:shortstr class_id:u16 method_id:u16"),
-    "connection.close-ok": (10, 51, ""),
-    "connection.blocked": (10, 60, "reason:shortstr"),
-    "connection.unblocked": (10, 61, ""),
-    "connection.update-secret": (10, 70, "new_secret:longstr reason:shortstr"),
-    "connection.update-secret-ok": (10, 71, ""),
-    "channel.open": (20, 10, "out_of_band:shortstr"),
-    "channel.open-ok": (20, 11, "channel_id:longstr"),
-    "channel.flow": (20, 20, "active:bit"),
-    "channel.flow-ok": (20, 21, "active:bit"),
-    "channel.close": (20, 40, "reply_code:u16 reply_text:shortstr class_id:u16 method_id:u16"),
-    "channel.close-ok": (20, 41, ""),
-    "access.request": (30, 10, "realm:shortstr exclusive:bit passive:bit active:bit write:bit read:bit"),
-    "access.request-ok": (30, 11, "ticket:u16"),
-    "exchange.declare": (
-        40,
-        10,
-        "ticket:u16 exchange:shortstr type:shortstr passive:bit durable:bit auto_delete:bit internal:bit nowait:bit arguments:table",
-    ),
-    "exchange.declare-ok": (40, 11, ""),
-    "exchange.delete": (40, 20, "ticket:u16 exchange:shortstr if_unused:bit nowait:bit"),
-    "exchange.delete-ok": (40, 21, ""),
-    "exchange.bind": (
-        40,
-        30,
-        "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table",
-    ),
-    "exchange.bind-ok": (40, 31, ""),
-    "exchange.unbind": (
-        40,
-        40,
-        "ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait:bit arguments:table",
-    ),
-    "exchange.unbind-ok": (40, 51, ""),
-    "queue.declare": (
-        50,
-        10,
-        "ticket:u16 queue:shortstr passive:bit durable:bit exclusive:bit auto_delete:bit nowait:bit arguments:table",
-    ),
-    "queue.declare-ok": (50, 11, "queue:shortstr message_count:u32 consumer_count:u32"),
-    "queue.bind": (
-        50,
-        20,
-        "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr nowait:bit arguments:table",
-    ),
-    "queue.bind-ok": (50, 21, ""),
-    "queue.unbind": (
-        50,
-        50,
-        "ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr arguments:table",
-    ),
-    "queue.unbind-ok": (50, 51, ""),
-    "queue.purge": (50, 30, "ticket:u16 queue:shortstr nowait:bit"),
-    "queue.purge-ok": (50, 31, "message_count:u32"),
-    "queue.delete": (50, 40, "ticket:u16 queue:shortstr if_unused:bit if_empty:bit nowait:bit"),
-    "queue.delete-ok": (50, 41, "message_count:u32"),
-    "basic.qos": (60, 10, "prefetch_size:u32 prefetch_count:u16 global_qos:bit"),
-    "basic.qos-ok": (60, 11, ""),
-    "basic.consume": (
-        60,
-        20,
-        "ticket:u16 queue:shortstr consumer_tag:shortstr no_local:bit no_ack:bit exclusive:bit nowait:bit arguments:table",
-    ),
-    "basic.consume-ok": (60, 21, "consumer_tag:shortstr"),
-    "basic.cancel": (60, 30, "consumer_tag:shortstr nowait:bit"),
-    "basic.cancel-ok": (60, 31, "consumer_tag:shortstr"),
-    "basic.publish": (
-        60,
-        40,
-        "ticket:u16 exchange:shortstr routing_key:shortstr mandatory:bit immediate:bit",
-    ),
-    "basic.return": (60, 50, "reply_code:u16 reply_text:shortstr exchange:shortstr routing_key:shortstr"),
-    "basic.deliver": (
-        60,
-        60,
-        "consumer_tag:shortstr delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr",
-    ),
-    "basic.get": (60, 70, "ticket:u16 queue:shortstr no_ack:bit"),
-    "basic.get-ok": (
-        60,
-        71,
-        "delivery_tag:u64 redelivered:bit exchange:shortstr routing_key:shortstr message_count:u32",
-    ),
-    "basic.get-empty": (60, 72, "cluster_id:shortstr"),
-    "basic.ack": (60, 80, "delivery_tag:u64 multiple:bit"),
-    "basic.reject": (60, 90, "delivery_tag:u64 requeue:bit"),
-    "basic.recover-async": (60, 100, "requeue:bit"),
-    "basic.recover": (60, 110, "requeue:bit"),
-    "basic.recover-ok": (60, 111, ""),
-    "basic.nack": (60, 120, "delivery_tag:u64 multiple:bit requeue:bit"),
-    "confirm.select": (85, 10, "nowait:bit"),
-    "confirm.select-ok": (85, 11, ""),
-    "tx.select": (90, 10, ""),
-    "tx.select-ok": (90, 11, ""),
-    "tx.commit": (90, 20, ""),
-    "tx.commit-ok": (90, 21, ""),
-    "tx.rollback": (90, 30, ""),
-    "tx.rollback-ok": (90, 31, ""),
-}
+# Name, class id, method id, fields in order. A field without a type is a bit.
+_METHOD_TABLE = """
+connection.start 10 10 version_major:u8 version_minor:u8 server_properties:table mechanisms:longstr locales:longstr
+connection.start-ok 10 11 client_properties:table mechanism:shortstr response:longstr locale:shortstr
+connection.secure 10 20 challenge:longstr
+connection.secure-ok 10 21 response:longstr
+connection.tune 10 30 channel_max:u16 frame_max:u32 heartbeat:u16
+connection.tune-ok 10 31 channel_max:u16 frame_max:u32 heartbeat:u16
+connection.open 10 40 virtual_host:shortstr capabilities:shortstr insist
+connection.open-ok 10 41 known_hosts:shortstr
+connection.close 10 50 reply_code:u16 reply_text:shortstr class_id:u16 method_id:u16
+connection.close-ok 10 51
+connection.blocked 10 60 reason:shortstr
+connection.unblocked 10 61
+connection.update-secret 10 70 new_secret:longstr reason:shortstr
+connection.update-secret-ok 10 71
+channel.open 20 10 out_of_band:shortstr
+channel.open-ok 20 11 channel_id:longstr
+channel.flow 20 20 active
+channel.flow-ok 20 21 active
+channel.close 20 40 reply_code:u16 reply_text:shortstr class_id:u16 method_id:u16
+channel.close-ok 20 41
+access.request 30 10 realm:shortstr exclusive passive active write read
+access.request-ok 30 11 ticket:u16
+exchange.declare 40 10 ticket:u16 exchange:shortstr type:shortstr passive durable auto_delete internal nowait arguments:table
+exchange.declare-ok 40 11
+exchange.delete 40 20 ticket:u16 exchange:shortstr if_unused nowait
+exchange.delete-ok 40 21
+exchange.bind 40 30 ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait arguments:table
+exchange.bind-ok 40 31
+exchange.unbind 40 40 ticket:u16 destination:shortstr source:shortstr routing_key:shortstr nowait arguments:table
+exchange.unbind-ok 40 51
+queue.declare 50 10 ticket:u16 queue:shortstr passive durable exclusive auto_delete nowait arguments:table
+queue.declare-ok 50 11 queue:shortstr message_count:u32 consumer_count:u32
+queue.bind 50 20 ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr nowait arguments:table
+queue.bind-ok 50 21
+queue.unbind 50 50 ticket:u16 queue:shortstr exchange:shortstr routing_key:shortstr arguments:table
+queue.unbind-ok 50 51
+queue.purge 50 30 ticket:u16 queue:shortstr nowait
+queue.purge-ok 50 31 message_count:u32
+queue.delete 50 40 ticket:u16 queue:shortstr if_unused if_empty nowait
+queue.delete-ok 50 41 message_count:u32
+basic.qos 60 10 prefetch_size:u32 prefetch_count:u16 global_qos
+basic.qos-ok 60 11
+basic.consume 60 20 ticket:u16 queue:shortstr consumer_tag:shortstr no_local no_ack exclusive nowait arguments:table
+basic.consume-ok 60 21 consumer_tag:shortstr
+basic.cancel 60 30 consumer_tag:shortstr nowait
+basic.cancel-ok 60 31 consumer_tag:shortstr
+basic.publish 60 40 ticket:u16 exchange:shortstr routing_key:shortstr mandatory immediate
+basic.return 60 50 reply_code:u16 reply_text:shortstr exchange:shortstr routing_key:shortstr
+basic.deliver 60 60 consumer_tag:shortstr delivery_tag:u64 redelivered exchange:shortstr routing_key:shortstr
+basic.get 60 70 ticket:u16 queue:shortstr no_ack
+basic.get-ok 60 71 delivery_tag:u64 redelivered exchange:shortstr routing_key:shortstr message_count:u32
+basic.get-empty 60 72 cluster_id:shortstr
+basic.ack 60 80 delivery_tag:u64 multiple
+basic.reject 60 90 delivery_tag:u64 requeue
+basic.recover-async 60 100 requeue
+basic.recover 60 110 requeue
+basic.recover-ok 60 111
+basic.nack 60 120 delivery_tag:u64 multiple requeue
+confirm.select 85 10 nowait
+confirm.select-ok 85 11
+tx.select 90 10
+tx.select-ok 90 11
+tx.commit 90 20
+tx.commit-ok 90 21
+tx.rollback 90 30
+tx.rollback-ok 90 31
+"""
+
+# name: (class id, method id, fields as (name, type))
+METHODS: dict[str, tuple[int, int, list[tuple[str, str]]]] = {}
+for _line in _METHOD_TABLE.strip().splitlines():
+    _name, _class_id, _method_id, *_fields = _line.split()
+    _typed_fields = [(field, kind or "bit") for field, _, kind in (each.partition(":") for each in _fields)]
+    METHODS[_name] = (int(_class_id), int(_method_id), _typed_fields)
+
 METHOD_NAMES = {(class_id, method_id): name for name, (class_id, method_id, _) in METHODS.items()}
 CONTENT_METHODS = {"basic.deliver", "basic.get-ok", "basic.return"}
 
@@ -312,8 +272,7 @@ def method(name: str, **args: Any) -> bytes:
             out.append(sum(bit << at for at, bit in enumerate(bits[start : start + 8])))
         bits.clear()
 
-    for declaration in fields.split():
-        field_name, kind = declaration.split(":")
+    for field_name, kind in fields:
         value = args.pop(field_name, _DEFAULTS.get(kind, 0))
         if kind == "bit":
             bits.append(bool(value))
@@ -451,8 +410,7 @@ def decode_method(channel: int, payload: bytes) -> Method:
     name = METHOD_NAMES[reader.unpack("H"), reader.unpack("H")]
     args: dict[str, Any] = {}
     octet, bit = 0, 8
-    for declaration in METHODS[name][2].split():
-        field_name, kind = declaration.split(":")
+    for field_name, kind in METHODS[name][2]:
         if kind == "bit":
             if bit == 8:
                 octet, bit = reader.unpack("B"), 0

@@ -30,7 +30,8 @@ class Confirms:
         assert method.channel == self.channel
         tag = method.delivery_tag
         settled = {n for n in self.outstanding if n <= tag} if method.multiple else {tag}
-        assert settled and settled <= self.outstanding, f"{method} but waiting for {self.outstanding}"
+        assert settled, f"{method} settles nothing"
+        assert settled <= self.outstanding, f"{method} but waiting for {self.outstanding}"
         self.outstanding -= settled
         (self.acked if method.name == "basic.ack" else self.nacked).update(settled)
 

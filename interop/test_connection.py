@@ -69,7 +69,8 @@ def test_start_offers_version_locale_and_mechanisms(dial):
 )
 def test_server_property_is_a_non_empty_string(key, dial):
     tag, value = dial().read_start().server_properties[key]
-    assert tag == "S" and value
+    assert tag == "S"
+    assert value
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

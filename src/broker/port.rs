@@ -61,6 +61,8 @@ pub struct Effects {
     pub wakes: Vec<Arc<dyn Port>>,
     /// Queues to be deleted because their last consumer has left.
     pub unused: Vec<Arc<super::queue::Queue>>,
+    /// A queue that was published to has consumers and a backlog: its publisher should let them catch up for a moment.
+    pub congested: bool,
     /// Queues that gave up the lock with deliveries still possible.
     pub again: Vec<Arc<super::queue::Queue>>,
 }

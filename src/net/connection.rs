@@ -29,6 +29,8 @@ use crate::session::{CloseReason, ConnectionContext, HeaderAnswer, Phase, Sessio
 const READ_BYTES: usize = 256 << 10;
 /// A read of this size is likely to be followed by another; others get their turn first.
 const BUSY_READ_BYTES: usize = 64 << 10;
+/// How long a publisher waits after a read, when consumers of a queue it publishes to do not keep up.
+const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
 /// RabbitMQ's pause before it drops a connection without a word; it slows guessing.
 const DROP_PAUSE: Duration = Duration::from_secs(3);
 /// How long a client may take to answer `connection.close`.
@@ -184,6 +186,10 @@ impl Connection {
             }
         }
         if self.session.take_published() {
+            if self.session.take_congested() {
+                // Bounded, so that consumers which are slow for good cost a publisher rate, never progress.
+                sleep(CONGESTION_PAUSE).await;
+            }
             self.hold_back().await;
         }
         None

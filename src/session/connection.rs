@@ -243,6 +243,11 @@ impl Session {
         std::mem::take(&mut self.published)
     }
 
+    /// Whether a queue published to since the last call has consumers that do not keep up.
+    pub fn take_congested(&mut self) -> bool {
+        std::mem::take(&mut self.effects.congested)
+    }
+
     pub(super) fn reply(&self, channel: u16, class: &AMQPClass) {
         self.outbox.push_method(channel, class);
     }

@@ -162,7 +162,7 @@ async fn a_return_precedes_the_confirm_of_its_message() {
     peer.publish_mandatory(1, "amq.direct", "nowhere", &properties, "body").await;
     let (code, text, message) = peer.returned(1).await;
     assert_eq!((code, text.as_str(), message.exchange.as_str(), message.key.as_str()), (312, "NO_ROUTE", "amq.direct", "nowhere"));
-    assert_eq!((message.text(), message.properties), ("body", properties));
+    assert_eq!((message.text(), &message.properties), ("body", &properties));
     assert_eq!(peer.confirm(1).await, (1, false, true));
     broker.stop().await;
 }

@@ -127,6 +127,7 @@ impl Queue {
         }
         if state.can_deliver() {
             self.deliver_locked(&mut state, effects);
+            effects.congested |= state.is_congested();
         }
         if state.unwritten_durable > 0 {
             return self.mark_dirty(&mut state);

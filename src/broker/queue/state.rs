@@ -20,6 +20,10 @@ use crate::{
 /// Deliveries in one go before the lock is given up.
 const DELIVERY_BUDGET: usize = 16 << 10;
 
+/// The backlog of a queue with consumers from which on its publishers are slowed down.
+const CONGESTED_MESSAGES: u64 = 32 << 10;
+const CONGESTED_BYTES: u64 = 4 << 20;
+
 /// How a call of [`QueueState::deliver_ready`] ended.
 pub(super) enum Turn {
     /// Nothing ready, or nobody to take it.
@@ -157,6 +161,12 @@ impl QueueState {
     #[inline]
     pub(super) fn can_deliver(&self) -> bool {
         !self.consumers.is_empty() && self.log.has_ready() && !self.deleted
+    }
+
+    /// Whether messages arrive faster than the present consumers take them.
+    #[inline]
+    pub(super) fn is_congested(&self) -> bool {
+        !self.consumers.is_empty() && (self.counts.ready > CONGESTED_MESSAGES || self.counts.ready_bytes > CONGESTED_BYTES)
     }
 
     /// What is next, with the counts corrected for records that turn out to be gone.

@@ -10,8 +10,8 @@ use std::{future::Future, time::Duration};
 use amq_protocol::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, message::BasicGetMessage, options::*};
 
-pub use broker::{Client, Gate, TestBroker};
-pub use peer::{Delivered, Login, Peer};
+pub use broker::TestBroker;
+pub use peer::{Login, Peer};
 
 /// How long anything that must happen may take.
 pub const LIMIT: Duration = Duration::from_secs(10);

@@ -1,0 +1,492 @@
+//! `kill -9` under load, again and again. After each kill the broker must come up, and every queue must hold what its
+//! clients were promised: nothing confirmed is lost, nothing comes back whose ack was synced, orders and counts are
+//! right, transactions are whole, definitions are what was last agreed on.
+//!
+//! `CRASH_ROUNDS` sets how many kills (8), `CRASH_SEED` repeats the choices of a run (not its timing).
+
+#[path = "crash/broker.rs"]
+mod broker;
+#[path = "crash/client.rs"]
+mod client;
+#[path = "crash/facts.rs"]
+mod facts;
+#[path = "crash/load.rs"]
+mod load;
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use broker::{Broker, start_and_kill};
+use client::{Answer, Client, ClientError, Incoming, PATIENCE, Rng, publish_frames};
+use facts::{Definition, Facts, Id, Presence, QueueFacts};
+use load::{Publishing, Style};
+
+const QUEUES: [&str; 13] = [
+    "work.1", "work.2", "fan.1", "fan.2", "fan.3", "auto", "pipeline.in", "pipeline.out", "tx.a", "tx.b", "move.from", "move.to", "purged",
+];
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn seed() -> u64 {
+    number("CRASH_SEED").unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64 % 1_000_000_007))
+}
+
+/// A data directory that stays when the test fails.
+struct DataDir(Option<tempfile::TempDir>);
+
+impl DataDir {
+    fn new() -> DataDir {
+        DataDir(Some(tempfile::tempdir().expect("a temporary directory")))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.as_ref().expect("there until dropped").path().join("data")
+    }
+}
+
+impl Drop for DataDir {
+    fn drop(&mut self) {
+        if let (true, Some(directory)) = (std::thread::panicking(), self.0.take()) {
+            println!("the data directory is kept: {}", directory.keep().display());
+        }
+    }
+}
+
+/// What is carried from round to round.
+struct World {
+    rng: Rng,
+    directory: DataDir,
+    /// What each queue holds, in order.
+    base: HashMap<&'static str, Vec<Id>>,
+    definitions: HashMap<String, Definition>,
+    next_publisher: u64,
+    errors: Vec<String>,
+    confirmed: usize,
+    slowest_start: Duration,
+    starts: usize,
+}
+
+impl World {
+    fn publisher(&mut self) -> u64 {
+        self.next_publisher += 1;
+        self.next_publisher
+    }
+
+    /// Starts the broker; now and then it is killed a few times while it recovers.
+    fn start(&mut self, arguments: &[&str], early_kills: u64) -> Option<Broker> {
+        for _ in 0..early_kills {
+            start_and_kill(&self.directory.path(), arguments, Duration::from_micros(self.rng.range(0..120_000)));
+        }
+        match Broker::start(&self.directory.path(), arguments) {
+            Ok(broker) => {
+                self.starts += 1;
+                self.slowest_start = self.slowest_start.max(broker.started_in);
+                Some(broker)
+            }
+            Err(error) => {
+                self.errors.push(format!("FAILED START: {error}"));
+                None
+            }
+        }
+    }
+
+    fn start_load(&mut self, address: SocketAddr, round: usize) -> Vec<JoinHandle<Facts>> {
+        let mut threads: Vec<JoinHandle<Facts>> = Vec::new();
+        let small = self.rng.one_in(3);
+        let publishers: [(&str, &str, &[&str], u64); 6] = [
+            ("", "work.1", &["work.1"], 10),
+            ("", "work.1", &["work.1"], 0),
+            ("", "work.2", &["work.2"], 10),
+            ("fan", "", &["fan.1", "fan.2", "fan.3"], 20),
+            ("", "auto", &["auto"], 0),
+            ("", "pipeline.in", &["pipeline.in"], 0),
+        ];
+        for (exchange, key, queues, transient_one_in) in publishers {
+            let publishing = Publishing {
+                address,
+                publisher: self.publisher(),
+                exchange,
+                key,
+                queues,
+                window: [1, 10, 100, 1000][self.rng.range(0..4) as usize],
+                transient_one_in,
+                max_messages: if small { 20_000 } else { 1_500 },
+                small,
+            };
+            let rng = self.rng.fork();
+            threads.push(std::thread::spawn(move || publishing.run(rng)));
+        }
+        let publishing = Publishing {
+            address,
+            publisher: self.publisher(),
+            exchange: "",
+            key: "move.from",
+            queues: &["move.from"],
+            window: 50,
+            transient_one_in: 0,
+            max_messages: 1_000,
+            small: true,
+        };
+        let rng = self.rng.fork();
+        threads.push(std::thread::spawn(move || publishing.run(rng)));
+        for (queue, style) in [
+            ("work.1", Style::InOrder),
+            ("work.1", Style::Shuffled),
+            ("work.2", Style::Shuffled),
+            ("fan.1", Style::InOrder),
+            ("fan.2", Style::Get),
+            ("auto", Style::Auto),
+            ("pipeline.in", Style::Pipeline),
+        ] {
+            let (results, rng) = (self.publisher(), self.rng.fork());
+            threads.push(std::thread::spawn(move || load::consume(address, queue, style, results, rng)));
+        }
+        let (publisher, rng) = (self.publisher(), self.rng.fork());
+        threads.push(std::thread::spawn(move || load::publish_in_transactions(address, publisher, 1_500, rng)));
+        let rng = self.rng.fork();
+        threads.push(std::thread::spawn(move || load::move_in_transactions(address, rng)));
+        let (publisher, rng, base) = (self.publisher(), self.rng.fork(), self.base["purged"].clone());
+        threads.push(std::thread::spawn(move || load::publish_and_purge(address, publisher, base, rng)));
+        let (definitions, rng) = (self.definitions.clone(), self.rng.fork());
+        threads.push(std::thread::spawn(move || load::define(address, round, definitions, rng)));
+        threads
+    }
+
+    /// Compares the broker with what the clients know, and takes over what is there.
+    fn check(&mut self, address: SocketAddr, mut facts: Facts) -> Answer<usize> {
+        facts.settle_transactions();
+        self.errors.append(&mut facts.errors);
+        let mut found: HashMap<&'static str, HashSet<Id>> = HashMap::new();
+        let mut total = 0;
+        for queue in QUEUES {
+            let drained = self.drain(address, queue)?;
+            let known = facts.queues.remove(queue).unwrap_or_default();
+            self.confirmed += known.confirmed.len();
+            facts::check_queue(queue, &self.base[queue], &known, &drained, &mut self.errors);
+            check_received(queue, &self.base[queue], &known, &mut self.errors);
+            found.insert(queue, drained.iter().copied().collect());
+            total += drained.len();
+            let kept = self.take_away(address, queue, &drained)?;
+            self.base.insert(queue, kept);
+        }
+        for transaction in &facts.transactions {
+            facts::check_transaction(transaction, &found, &mut self.errors);
+        }
+        self.definitions = facts.definitions;
+        self.check_definitions(address)?;
+        Ok(total)
+    }
+
+    /// Reads a whole queue without settling anything: its contents are as they were afterwards.
+    fn drain(&mut self, address: SocketAddr, queue: &'static str) -> Answer<Vec<Id>> {
+        let mut client = Client::connect(address)?;
+        let count = client.declare_queue(queue, true, true)? as usize;
+        if self.rng.one_in(4) {
+            // The same through basic.get, the first part of it.
+            let mut other = Client::connect(address)?;
+            for left in (0..count.min(20)).map(|got| count - got - 1) {
+                let remaining = other.get(queue)?.map(|delivery| delivery.remaining.unwrap_or(0) as usize);
+                if remaining != Some(left) {
+                    self.errors.push(format!("queue {queue}: basic.get says that {remaining:?} messages remain, not {left}"));
+                    break;
+                }
+            }
+            other.close()?;
+        }
+        client.consume(queue, false, 0)?;
+        let mut ids = Vec::new();
+        while ids.len() < count {
+            match client.receive(Duration::from_secs(10))? {
+                Some(Incoming::Delivery(delivery)) => match facts::read(&delivery) {
+                    Ok((id, _)) => ids.push(id),
+                    Err(error) => {
+                        self.errors.push(format!("queue {queue}: {error}"));
+                        ids.push(u64::MAX);
+                    }
+                },
+                Some(other) => panic!("a drain was told {other:?}"),
+                None => {
+                    self.errors.push(format!("queue {queue}: declare-ok says {count} messages, a drain delivers {}", ids.len()));
+                    break;
+                }
+            }
+        }
+        client.cancel()?;
+        if let Some(Incoming::Delivery(_)) = client.receive(Duration::ZERO)? {
+            self.errors.push(format!("queue {queue}: declare-ok says {count} messages, a drain delivers more"));
+        }
+        let left = client.declare_queue(queue, true, true)?;
+        if left != 0 {
+            self.errors.push(format!("queue {queue}: {left} messages are ready after a full drain"));
+        }
+        client.close()?;
+        let back = Client::connect(address)?.declare_queue(queue, true, true)? as usize;
+        if back != ids.len() {
+            self.errors.push(format!("queue {queue}: {back} messages after {} unacked ones went back", ids.len()));
+        }
+        Ok(ids)
+    }
+
+    /// Settles a part of what was drained, for good; answers what stays. Long queues do not grow for ever.
+    fn take_away(&mut self, address: SocketAddr, queue: &'static str, ids: &[Id]) -> Answer<Vec<Id>> {
+        let all = ids.len() > 3_000 || self.rng.one_in(5);
+        if ids.is_empty() || (!all && self.rng.one_in(2)) {
+            return Ok(ids.to_vec());
+        }
+        let mut client = Client::connect(address)?;
+        client.tx_select()?;
+        client.consume(queue, false, 0)?;
+        let mut kept = Vec::new();
+        let until = if all { ids.len() } else { self.rng.range(1..ids.len() as u64 + 1) as usize };
+        for (at, &id) in ids.iter().enumerate().take(until) {
+            let Some(Incoming::Delivery(delivery)) = client.receive(PATIENCE)? else { panic!("a message that was there a moment ago is not") };
+            if facts::read(&delivery).ok().map(|(id, _)| id) != Some(id) {
+                self.errors.push(format!("queue {queue}: message {at} is another one on the second look"));
+            }
+            if !delivery.redelivered {
+                self.errors.push(format!("queue {queue}: message {at} is not marked as redelivered on the second look"));
+            }
+            if all || self.rng.one_in(2) {
+                client.queue_ack(delivery.tag, false);
+            } else {
+                kept.push(id);
+            }
+        }
+        kept.extend_from_slice(&ids[until..]);
+        client.flush()?;
+        client.tx_commit()?;
+        client.close()?;
+        Ok(kept)
+    }
+
+    fn check_definitions(&mut self, address: SocketAddr) -> Answer<()> {
+        let mut definitions = std::mem::take(&mut self.definitions);
+        for (name, definition) in &mut definitions {
+            let exchange = look(Client::connect(address)?.declare_exchange(name, "direct", true).map(|()| 0))?;
+            let queue = look(Client::connect(address)?.declare_queue(name, true, true))?;
+            let mut judge = |what: &str, known: &mut Presence, is_there: bool| {
+                let presence = if is_there { Presence::Present } else { Presence::Absent };
+                if *known != Presence::Unknown && *known != presence {
+                    self.errors.push(format!("{what} {name} should be {known:?} and is {presence:?}"));
+                }
+                *known = presence;
+            };
+            judge("exchange", &mut definition.exchange, exchange.is_some());
+            judge("queue", &mut definition.queue, queue.is_some());
+            let (at_least, at_most) = definition.messages;
+            match queue {
+                Some(count) if (at_least..=at_most).contains(&count) => definition.messages = (count, count),
+                Some(count) => self.errors.push(format!("queue {name} has {count} messages, not {at_least} to {at_most}")),
+                None => definition.messages = (0, 0),
+            }
+            let bound = exchange.is_some() && queue.is_some() && {
+                let mut client = Client::connect(address)?;
+                publish_frames(client.buffer(), 1, name, "key", true, &facts::properties(0, 1, true), &facts::body(0, 1));
+                client.flush()?;
+                let before = definition.messages.0;
+                let after = client.declare_queue(name, true, true)?;
+                definition.messages = (after, after);
+                after > before
+            };
+            judge("binding", &mut definition.binding, bound);
+        }
+        // Some go on into the next round, absent ones among them.
+        let mut client = Client::connect(address)?;
+        let mut kept = HashMap::new();
+        for (name, definition) in definitions {
+            if kept.len() < 12 && self.rng.one_in(2) {
+                kept.insert(name, definition);
+            } else {
+                client.delete_queue(&name)?;
+                client.delete_exchange(&name)?;
+                if self.rng.one_in(3) {
+                    kept.insert(name, Definition::default());
+                }
+            }
+        }
+        self.definitions = kept;
+        client.close()
+    }
+}
+
+/// What a passive declaration found.
+fn look(answer: Answer<u32>) -> Answer<Option<u32>> {
+    match answer {
+        Ok(count) => Ok(Some(count)),
+        Err(ClientError::Closed { code: 404, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Nobody was given what was never published.
+fn check_received(queue: &str, base: &[Id], facts: &QueueFacts, errors: &mut Vec<String>) {
+    let known = |id: &Id| facts.sent.contains(id) || facts.transient.contains(id) || base.contains(id);
+    let strangers = facts.received.iter().filter(|id| !known(id)).count();
+    if strangers > 0 {
+        errors.push(format!("queue {queue}: consumers were given {strangers} messages that were gone, or never there"));
+    }
+}
+
+fn declare_all(address: SocketAddr) -> Answer<()> {
+    let mut client = Client::connect(address)?;
+    client.declare_exchange("fan", "fanout", false)?;
+    for queue in QUEUES {
+        client.declare_queue(queue, true, false)?;
+        if queue.starts_with("fan.") {
+            client.bind(queue, "fan", "")?;
+        }
+    }
+    client.close()
+}
+
+fn arguments(rng: &mut Rng) -> Vec<&'static str> {
+    let mut arguments = Vec::new();
+    if rng.one_in(2) {
+        arguments.extend(["--memory-budget", "1MiB"]);
+    }
+    if rng.one_in(2) {
+        arguments.extend(["--store-write-buffer", "1MiB"]);
+    }
+    if rng.one_in(8) {
+        arguments.extend(["--durability", "os"]); // a kill of the process alone loses nothing either
+    }
+    arguments
+}
+
+fn crash_loop(rounds: usize, seed: u64, early_kill_one_in: u64) {
+    let mut world = World {
+        rng: Rng(seed),
+        directory: DataDir::new(),
+        base: QUEUES.iter().map(|&queue| (queue, Vec::new())).collect(),
+        definitions: HashMap::new(),
+        next_publisher: 0,
+        errors: Vec::new(),
+        confirmed: 0,
+        slowest_start: Duration::ZERO,
+        starts: 0,
+    };
+    let began = Instant::now();
+    let mut broker = world.start(&[], 0).expect("a first start");
+    declare_all(broker.address).expect("queues are declared");
+    for round in 1..=rounds {
+        let threads = world.start_load(broker.address, round);
+        let load_ms = world.rng.range(50..1500);
+        std::thread::sleep(Duration::from_millis(load_ms));
+        if broker.has_ended() {
+            world.errors.push("the broker has ended by itself".to_owned());
+        }
+        let clean = world.rng.one_in(8);
+        let resident_mib = broker.resident_kib() >> 10;
+        let complaints = if clean {
+            let (status, took, complaints) = broker.terminate();
+            if !status.is_some_and(|status| status.success()) {
+                world.errors.push(format!("SIGTERM: {status:?} after {took:?}"));
+            }
+            complaints
+        } else {
+            broker.kill()
+        };
+        world.errors.extend(complaints.into_iter().map(|line| format!("logged: {line}")));
+        let mut facts = Facts::default();
+        threads.into_iter().for_each(|thread| facts.merge(thread.join().expect("no client panics")));
+        let arguments = arguments(&mut world.rng);
+        let early_kills = if world.rng.one_in(early_kill_one_in) { world.rng.range(1..4) } else { 0 };
+        let confirmed_before = world.confirmed;
+        let Some(started) = world.start(&arguments, early_kills) else { break };
+        broker = started;
+        let total = world.check(broker.address, facts);
+        println!(
+            "round {round}: {} after {load_ms} ms at {resident_mib} MiB, {early_kills} kills in recovery, start {:?} {arguments:?}, {} confirmed, {} messages found",
+            if clean { "SIGTERM" } else { "kill -9" },
+            broker.started_in,
+            world.confirmed - confirmed_before,
+            total.as_ref().map_or_else(|error| format!("{error:?}"), usize::to_string),
+        );
+        if let Err(error) = total {
+            world.errors.push(format!("the check could not be made: {error:?}"));
+        }
+        if !world.errors.is_empty() {
+            println!("in round {round}:\n  {}", world.errors.join("\n  "));
+            break;
+        }
+    }
+    println!(
+        "{rounds} rounds, {} starts (slowest {:?}), {} messages confirmed, {} errors, {:?} in all; CRASH_SEED={seed}",
+        world.starts,
+        world.slowest_start,
+        world.confirmed,
+        world.errors.len(),
+        began.elapsed()
+    );
+    assert!(world.errors.is_empty(), "CRASH_SEED={seed}: {:#?}", world.errors);
+}
+
+#[test]
+fn nothing_that_was_promised_is_lost_when_the_broker_is_killed_under_load() {
+    crash_loop(number("CRASH_ROUNDS").unwrap_or(8) as usize, seed(), 4);
+}
+
+#[test]
+fn a_broker_killed_while_it_recovers_recovers_the_next_time() {
+    crash_loop((number("CRASH_ROUNDS").unwrap_or(8) as usize / 4).max(2), seed() + 1, 1);
+}
+
+#[test]
+fn transient_queues_and_their_messages_end_with_the_broker_and_stale_pages_go() {
+    let directory = DataDir::new();
+    let broker = Broker::start(&directory.path(), &["--memory-budget", "1MiB"]).expect("starts");
+    let mut client = Client::connect(broker.address).expect("connects");
+    client.declare_queue("kept", true, false).expect("declared");
+    client.declare_queue("gone", false, false).expect("declared");
+    client.confirm_select().expect("confirms");
+    // Enough transient messages that they are paged out.
+    for count in 0..400u64 {
+        for queue in ["kept", "gone"] {
+            publish_frames(client.buffer(), 1, "", queue, false, &facts::properties(count, 50_000, false), &facts::body(count, 50_000));
+        }
+        client.flush().expect("writes");
+    }
+    publish_frames(client.buffer(), 1, "", "kept", false, &facts::properties(500, 10, true), &facts::body(500, 10));
+    client.flush().expect("writes");
+    let mut confirmed = 0;
+    while confirmed < 801 {
+        let Some(Incoming::Method(_, amq_protocol::protocol::AMQPClass::Basic(amq_protocol::protocol::basic::AMQPMethod::Ack(ack)))) = client.receive(PATIENCE).expect("confirms") else { panic!("no confirm") };
+        confirmed = ack.delivery_tag;
+    }
+    assert_eq!(client.declare_queue("kept", true, true).expect("there"), 401);
+    assert!(directory.path().join("pages").exists(), "nothing was paged out");
+    assert_eq!(broker.kill(), Vec::<String>::new());
+
+    let broker = Broker::start(&directory.path(), &[]).expect("starts");
+    let mut client = Client::connect(broker.address).expect("connects");
+    assert_eq!(client.declare_queue("kept", true, true).expect("there"), 1);
+    let delivery = client.get("kept").expect("answers").expect("the persistent one");
+    assert_eq!((facts::read(&delivery).expect("intact").0, delivery.remaining), (500, Some(0)));
+    assert!(client.get("kept").expect("answers").is_none());
+    assert_eq!(look(client.declare_queue("gone", false, true)).expect("an answer"), None);
+    assert!(eventually(|| disk_bytes(&directory.path().join("pages.removed")) == 0), "stale pages stay");
+    assert_eq!(broker.kill(), Vec::<String>::new());
+}
+
+fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+fn disk_bytes(directory: &Path) -> u64 {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries.map(|entry| entry.metadata().map_or(0, |metadata| metadata.len())).sum()
+}
