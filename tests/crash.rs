@@ -271,15 +271,9 @@ impl World {
         for (name, definition) in &mut definitions {
             let exchange = look(Client::connect(address)?.declare_exchange(name, "direct", true).map(|()| 0))?;
             let queue = look(Client::connect(address)?.declare_queue(name, true, true))?;
-            let mut judge = |what: &str, known: &mut Presence, is_there: bool| {
-                let presence = if is_there { Presence::Present } else { Presence::Absent };
-                if *known != Presence::Unknown && *known != presence {
-                    self.errors.push(format!("{what} {name} should be {known:?} and is {presence:?}"));
-                }
-                *known = presence;
-            };
-            judge("exchange", &mut definition.exchange, exchange.is_some());
-            judge("queue", &mut definition.queue, queue.is_some());
+            let errors = &mut self.errors;
+            judge(&format!("exchange {name}"), &mut definition.exchange, exchange.is_some(), errors);
+            judge(&format!("queue {name}"), &mut definition.queue, queue.is_some(), errors);
             let (at_least, at_most) = definition.messages;
             match queue {
                 Some(count) if (at_least..=at_most).contains(&count) => definition.messages = (count, count),
@@ -295,7 +289,7 @@ impl World {
                 definition.messages = (after, after);
                 after > before
             };
-            judge("binding", &mut definition.binding, bound);
+            judge(&format!("binding {name}"), &mut definition.binding, bound, &mut self.errors);
         }
         // Some go on into the next round, absent ones among them.
         let mut client = Client::connect(address)?;
@@ -323,6 +317,14 @@ fn look(answer: Answer<u32>) -> Answer<Option<u32>> {
         Err(ClientError::Closed { code: 404, .. }) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+fn judge(what: &str, known: &mut Presence, is_there: bool, errors: &mut Vec<String>) {
+    let found = if is_there { Presence::Present } else { Presence::Absent };
+    if *known != Presence::Unknown && *known != found {
+        errors.push(format!("{what} should be {known:?} and is {found:?}"));
+    }
+    *known = found;
 }
 
 /// Nobody was given what was never published.

@@ -257,7 +257,16 @@ impl Session {
         let mut at = 0;
         let step = loop {
             if let Some(awaiting) = &self.awaiting {
-                break Step::Await(awaiting.round);
+                let round = awaiting.round;
+                match self.interrupts_commit(&input[at..]) {
+                    None => break Step::Await(round),
+                    Some((used, fault)) => {
+                        at += used;
+                        self.awaiting = None;
+                        self.fail(0, fault);
+                        continue;
+                    }
+                }
             }
             if self.phase == Phase::Closed {
                 break Step::Flush;
@@ -281,6 +290,15 @@ impl Session {
         };
         self.finish_batch();
         (at, step)
+    }
+
+    /// The fault of a method that follows a `tx.commit` on its channel before it is answered, and the method's length.
+    fn interrupts_commit(&self, input: &[u8]) -> Option<(usize, Fault)> {
+        let Some(Awaiting { channel, answer: Some(AMQPClass::Tx(_)), .. }) = &self.awaiting else { return None };
+        let Scan::Frame(frame) = wire::scan(input, self.frame_max) else { return None };
+        let id = hot::method_id(frame.payload).filter(|_| frame.kind == frame::METHOD && frame.channel == *channel)?;
+        let fault = Fault::new(504, "unexpected command while processing 'tx.commit'").at((id >> 16) as u16, id as u16);
+        Some((frame.wire_len(), fault))
     }
 
     /// Goes on after [`Step::Await`]: the awaited round is durable, or it failed.
@@ -556,7 +574,7 @@ impl Session {
 
     /// Ends a channel's deliveries, consumers and transaction; its unacked messages go back. Its number stays taken.
     pub(super) fn release_channel(&mut self, number: u16) {
-        // What was published or acked before in this batch comes first.
+        self.undo_settlements(number);
         let remains = self.outbox.close_channel(number);
         if let Some(channel) = self.channels.get_mut(number) {
             channel.release(&self.broker);
@@ -576,6 +594,8 @@ impl Session {
 
     /// Ends everything the connection has on the broker. Called when it closes, however it does; idempotent.
     pub fn release(&mut self) {
+        let numbers: Vec<u16> = self.channels.iter().map(|(number, _)| number).collect();
+        numbers.into_iter().for_each(|number| self.undo_settlements(number));
         for (_, channel) in self.channels.iter_mut() {
             channel.release(&self.broker);
         }

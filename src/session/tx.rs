@@ -61,6 +61,15 @@ impl Transaction {
 }
 
 impl Session {
+    /// Undoes what an uncommitted transaction of the channel has settled.
+    pub(super) fn undo_settlements(&mut self, number: u16) {
+        if let Ok(transaction) = self.transaction(number) {
+            for (_, taken) in std::mem::take(&mut transaction.settlements) {
+                self.outbox.restore_unacked(number, taken);
+            }
+        }
+    }
+
     fn transaction(&mut self, number: u16) -> Result<&mut Transaction, Fault> {
         match self.channels.get_mut(number) {
             Some(Channel { mode: Mode::Tx(transaction), .. }) => Ok(transaction),
@@ -84,10 +93,8 @@ impl Session {
                 self.commit(number, transaction)
             }
             tx::AMQPMethod::Rollback(_) => {
-                let transaction = std::mem::take(self.transaction(number)?);
-                for (_, taken) in transaction.settlements {
-                    self.outbox.restore_unacked(number, taken);
-                }
+                self.undo_settlements(number);
+                *self.transaction(number)? = Transaction::default();
                 Ok(Answer::Now(AMQPClass::Tx(tx::AMQPMethod::RollbackOk(tx::RollbackOk {}))))
             }
             _ => Err(Fault::new(503, "unimplemented method")),

@@ -67,9 +67,8 @@ impl UnackedRing {
             }
             self.drop_settled_front();
         } else {
-            let unacked = &mut self.ring[at];
-            unacked.settled = true;
-            each(*unacked);
+            each(self.ring[at]);
+            self.ring[at].settled = true;
             self.len -= 1;
             self.drop_settled_front();
         }

@@ -91,7 +91,9 @@ impl Publishing {
                 open.retain(|&(number, id, persistent)| {
                     let answered = number == up_to || (multiple && number < up_to);
                     if answered && acked && persistent {
-                        self.queues.iter().for_each(|queue| drop(facts.queue(queue).confirmed.insert(id)));
+                        for queue in self.queues {
+                            facts.queue(queue).confirmed.insert(id);
+                        }
                     }
                     !answered
                 });

@@ -101,7 +101,6 @@ impl Session {
                 Ok(Answer::Now(AMQPClass::Channel(channel::AMQPMethod::FlowOk(channel::FlowOk { active: true }))))
             }
             AMQPClass::Channel(channel::AMQPMethod::Flow(_)) => Err(Fault::new(540, "active=false")),
-            AMQPClass::Channel(channel::AMQPMethod::FlowOk(_)) => Ok(Answer::None),
             AMQPClass::Access(access::AMQPMethod::Request(_)) => {
                 // `amq-protocol` does not write the ticket, which is the whole answer.
                 let mut frame = Vec::new();
