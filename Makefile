@@ -15,7 +15,7 @@ CRASH_ROUNDS ?= 200
 FUZZ_SECONDS ?= 600
 ARGS ?=
 
-RUST_NEEDED := 1.88
+RUST_NEEDED := 1.91
 CARGO_FLAGS := --release --locked
 BIN := $(CARGO_TARGET_DIR)/release/leveret
 

@@ -11,15 +11,9 @@ pub fn now_unix_ms() -> u64 {
 }
 
 #[cfg(target_os = "linux")]
-#[allow(
-    unsafe_code,
-    reason = "the standard library does not offer the coarse clock"
-)]
+#[allow(unsafe_code, reason = "the standard library does not offer the coarse clock")]
 fn coarse_unix_ms() -> Option<u64> {
-    let mut now = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid timespec for the whole call, which writes to it and keeps no reference.
     let status = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut now) };
     let seconds = u64::try_from(now.tv_sec).ok()?;
@@ -36,9 +30,7 @@ fn coarse_unix_ms() -> Option<u64> {
 fn precise_unix_ms() -> u64 {
     std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-        })
+        .map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -50,9 +42,6 @@ mod tests {
         let before = precise_unix_ms();
         let now = now_unix_ms();
         let after = precise_unix_ms();
-        assert!(
-            now + 100 >= before && now <= after,
-            "{before} {now} {after}"
-        );
+        assert!(now + 100 >= before && now <= after, "{before} {now} {after}");
     }
 }

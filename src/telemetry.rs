@@ -23,21 +23,12 @@ pub enum TelemetryError {
 /// [`TelemetryError`] if the filter is not valid, or if this process has a subscriber already.
 pub fn init(config: &LogConfig) -> Result<(), TelemetryError> {
     let terminal = io::stderr().is_terminal();
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(&config.filter)?)
-        .with_writer(io::stderr);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(EnvFilter::try_new(&config.filter)?).with_writer(io::stderr);
     match config.format {
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
-        LogFormat::Pretty => builder
-            .with_target(false)
-            .with_ansi(terminal)
-            .compact()
-            .try_init(),
-        LogFormat::Auto if terminal => builder
-            .with_target(false)
-            .with_ansi(true)
-            .compact()
-            .try_init(),
+        LogFormat::Pretty => builder.with_target(false).with_ansi(terminal).compact().try_init(),
+        LogFormat::Auto if terminal => builder.with_target(false).with_ansi(true).compact().try_init(),
         LogFormat::Auto => builder.with_ansi(false).try_init(),
     }
     .map_err(TelemetryError::AlreadySet)?;

@@ -27,7 +27,19 @@ use facts::{Definition, Facts, Id, Presence, QueueFacts};
 use load::{Publishing, Style};
 
 const QUEUES: [&str; 13] = [
-    "work.1", "work.2", "fan.1", "fan.2", "fan.3", "auto", "pipeline.in", "pipeline.out", "tx.a", "tx.b", "move.from", "move.to", "purged",
+    "work.1",
+    "work.2",
+    "fan.1",
+    "fan.2",
+    "fan.3",
+    "auto",
+    "pipeline.in",
+    "pipeline.out",
+    "tx.a",
+    "tx.b",
+    "move.from",
+    "move.to",
+    "purged",
 ];
 
 fn number(name: &str) -> Option<u64> {
@@ -35,7 +47,9 @@ fn number(name: &str) -> Option<u64> {
 }
 
 fn seed() -> u64 {
-    number("CRASH_SEED").unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64 % 1_000_000_007))
+    number("CRASH_SEED").unwrap_or_else(|| {
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64 % 1_000_000_007)
+    })
 }
 
 /// A data directory that stays when the test fails.
@@ -194,7 +208,8 @@ impl World {
             for left in (0..count.min(20)).map(|got| count - got - 1) {
                 let remaining = other.get(queue)?.map(|delivery| delivery.remaining.unwrap_or(0) as usize);
                 if remaining != Some(left) {
-                    self.errors.push(format!("queue {queue}: basic.get says that {remaining:?} messages remain, not {left}"));
+                    self.errors
+                        .push(format!("queue {queue}: basic.get says that {remaining:?} messages remain, not {left}"));
                     break;
                 }
             }
@@ -213,7 +228,10 @@ impl World {
                 },
                 Some(other) => panic!("a drain was told {other:?}"),
                 None => {
-                    self.errors.push(format!("queue {queue}: declare-ok says {count} messages, a drain delivers {}", ids.len()));
+                    self.errors.push(format!(
+                        "queue {queue}: declare-ok says {count} messages, a drain delivers {}",
+                        ids.len()
+                    ));
                     break;
                 }
             }
@@ -246,12 +264,15 @@ impl World {
         let mut kept = Vec::new();
         let until = if all { ids.len() } else { self.rng.range(1..ids.len() as u64 + 1) as usize };
         for (at, &id) in ids.iter().enumerate().take(until) {
-            let Some(Incoming::Delivery(delivery)) = client.receive(PATIENCE)? else { panic!("a message that was there a moment ago is not") };
+            let Some(Incoming::Delivery(delivery)) = client.receive(PATIENCE)? else {
+                panic!("a message that was there a moment ago is not")
+            };
             if facts::read(&delivery).ok().map(|(id, _)| id) != Some(id) {
                 self.errors.push(format!("queue {queue}: message {at} is another one on the second look"));
             }
             if !delivery.redelivered {
-                self.errors.push(format!("queue {queue}: message {at} is not marked as redelivered on the second look"));
+                self.errors
+                    .push(format!("queue {queue}: message {at} is not marked as redelivered on the second look"));
             }
             if all || self.rng.one_in(2) {
                 client.queue_ack(delivery.tag, false);
@@ -277,12 +298,22 @@ impl World {
             let (at_least, at_most) = definition.messages;
             match queue {
                 Some(count) if (at_least..=at_most).contains(&count) => definition.messages = (count, count),
-                Some(count) => self.errors.push(format!("queue {name} has {count} messages, not {at_least} to {at_most}")),
+                Some(count) => {
+                    self.errors.push(format!("queue {name} has {count} messages, not {at_least} to {at_most}"))
+                }
                 None => definition.messages = (0, 0),
             }
             let bound = exchange.is_some() && queue.is_some() && {
                 let mut client = Client::connect(address)?;
-                publish_frames(client.buffer(), 1, name, "key", true, &facts::properties(0, 1, true), &facts::body(0, 1));
+                publish_frames(
+                    client.buffer(),
+                    1,
+                    name,
+                    "key",
+                    true,
+                    &facts::properties(0, 1, true),
+                    &facts::body(0, 1),
+                );
                 client.flush()?;
                 let before = definition.messages.0;
                 let after = client.declare_queue(name, true, true)?;
@@ -451,7 +482,15 @@ fn transient_queues_and_their_messages_end_with_the_broker_and_stale_pages_go() 
     // Enough transient messages that they are paged out.
     for count in 0..400u64 {
         for queue in ["kept", "gone"] {
-            publish_frames(client.buffer(), 1, "", queue, false, &facts::properties(count, 50_000, false), &facts::body(count, 50_000));
+            publish_frames(
+                client.buffer(),
+                1,
+                "",
+                queue,
+                false,
+                &facts::properties(count, 50_000, false),
+                &facts::body(count, 50_000),
+            );
         }
         client.flush().expect("writes");
     }
@@ -459,7 +498,13 @@ fn transient_queues_and_their_messages_end_with_the_broker_and_stale_pages_go() 
     client.flush().expect("writes");
     let mut confirmed = 0;
     while confirmed < 801 {
-        let Some(Incoming::Method(_, amq_protocol::protocol::AMQPClass::Basic(amq_protocol::protocol::basic::AMQPMethod::Ack(ack)))) = client.receive(PATIENCE).expect("confirms") else { panic!("no confirm") };
+        let Some(Incoming::Method(
+            _,
+            amq_protocol::protocol::AMQPClass::Basic(amq_protocol::protocol::basic::AMQPMethod::Ack(ack)),
+        )) = client.receive(PATIENCE).expect("confirms")
+        else {
+            panic!("no confirm")
+        };
         confirmed = ack.delivery_tag;
     }
     assert_eq!(client.declare_queue("kept", true, true).expect("there"), 401);

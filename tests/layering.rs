@@ -15,36 +15,13 @@ const TABLE: &[(&str, &[&str], &[&str])] = &[
     ("store", &[], &[]),
     ("clock", &[], &[]),
     ("metrics", &[], &[]),
-    (
-        "broker",
-        &["model", "store", "clock", "metrics"],
-        &["tokio::net"],
-    ),
+    ("broker", &["model", "store", "clock", "metrics"], &["tokio::net"]),
     ("auth", &["model", "store"], &[]),
     ("config", &["auth"], &[]),
     ("telemetry", &["config"], &[]),
-    (
-        "session",
-        &["model", "wire", "broker", "auth", "clock", "metrics"],
-        &["tokio::net", "tokio::spawn"],
-    ),
-    (
-        "net",
-        &[
-            "session",
-            "wire",
-            "config",
-            "metrics",
-            "clock",
-            "broker::Broker",
-        ],
-        &[],
-    ),
-    (
-        "http",
-        &["model", "auth", "broker", "config", "metrics"],
-        &["crate::broker::queue"],
-    ),
+    ("session", &["model", "wire", "broker", "auth", "clock", "metrics"], &["tokio::net", "tokio::spawn"]),
+    ("net", &["session", "wire", "config", "metrics", "clock", "broker::Broker"], &[]),
+    ("http", &["model", "auth", "broker", "config", "metrics"], &["crate::broker::queue"]),
     ("cli", EVERYTHING, &[]),
     ("server", EVERYTHING, &[]),
     ("lib", EVERYTHING, &[]),
@@ -59,53 +36,34 @@ fn modules_import_only_what_the_table_allows() {
         let shown = file.strip_prefix(&root).unwrap().display().to_string();
         let module = shown.split('/').next().unwrap().trim_end_matches(".rs");
         let Some((_, may, never)) = TABLE.iter().find(|(name, ..)| *name == module) else {
-            faults.push(format!(
-                "src/{shown}: module '{module}' is not in the table"
-            ));
+            faults.push(format!("src/{shown}: module '{module}' is not in the table"));
             continue;
         };
         let code = without_comments(&fs::read_to_string(&file).unwrap());
         for path in crate_paths(&code) {
             let within = |prefix: &str| path == prefix || path.starts_with(&format!("{prefix}::"));
             if !within(module) && *may != EVERYTHING && !may.iter().any(|prefix| within(prefix)) {
-                let may = if may.is_empty() {
-                    "nothing".to_owned()
-                } else {
-                    may.join(", ")
-                };
-                faults.push(format!(
-                    "src/{shown}: imports crate::{path}, but '{module}' may import {may}"
-                ));
+                let may = if may.is_empty() { "nothing".to_owned() } else { may.join(", ") };
+                faults.push(format!("src/{shown}: imports crate::{path}, but '{module}' may import {may}"));
             }
         }
         for path in never.iter().filter(|path| code.contains(**path)) {
-            faults.push(format!(
-                "src/{shown}: mentions {path}, which '{module}' must not"
-            ));
+            faults.push(format!("src/{shown}: mentions {path}, which '{module}' must not"));
         }
     }
-    assert!(
-        faults.is_empty(),
-        "\n{}\n(the table is in tests/layering.rs)\n",
-        faults.join("\n")
-    );
+    assert!(faults.is_empty(), "\n{}\n(the table is in tests/layering.rs)\n", faults.join("\n"));
 }
 
 /// A link in a comment is a pointer for the reader, not an import.
 fn without_comments(text: &str) -> String {
-    text.lines()
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .collect::<Vec<_>>()
-        .join("\n")
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
 }
 
 /// Every path after `crate::`, with `crate::{a, b::C}` taken apart at its first level.
 fn crate_paths(code: &str) -> Vec<String> {
     let path_at = |text: &str| {
         let end = text.find(|c: char| !c.is_alphanumeric() && !"_:".contains(c));
-        text[..end.unwrap_or(text.len())]
-            .trim_end_matches(':')
-            .to_owned()
+        text[..end.unwrap_or(text.len())].trim_end_matches(':').to_owned()
     };
     let mut paths = Vec::new();
     for (at, start) in code.match_indices("crate::") {

@@ -105,14 +105,30 @@ fn publish(office: &Office, publisher: u32, count: u32) -> u64 {
     while next < count || !open.is_empty() {
         let (mut client, _) = office.connect();
         office.publishers.lock().unwrap().insert(publisher, client.socket().expect("a socket"));
-        let outcome = publish_session(office, &mut client, Task { publisher, session, number: 0 }, &mut next, count, &mut open, &mut again);
+        let outcome = publish_session(
+            office,
+            &mut client,
+            Task { publisher, session, number: 0 },
+            &mut next,
+            count,
+            &mut open,
+            &mut again,
+        );
         assert!(matches!(outcome, Ok(()) | Err(ClientError::Gone(_))), "publisher {publisher}: {outcome:?}");
         session += 1;
     }
     again
 }
 
-fn publish_session(office: &Office, client: &mut Client, task: Task, next: &mut u32, count: u32, open: &mut VecDeque<u32>, again: &mut u64) -> Answer<()> {
+fn publish_session(
+    office: &Office,
+    client: &mut Client,
+    task: Task,
+    next: &mut u32,
+    count: u32,
+    open: &mut VecDeque<u32>,
+    again: &mut u64,
+) -> Answer<()> {
     client.confirm_select()?;
     let properties = BasicProperties::default().with_delivery_mode(2);
     let mut resend: VecDeque<u32> = std::mem::take(open);
@@ -145,7 +161,9 @@ fn publish_session(office: &Office, client: &mut Client, task: Task, next: &mut 
         let received = flushed.and_then(|()| {
             while let Some(incoming) = client.receive(wait)? {
                 wait = Duration::ZERO;
-                let Incoming::Method(_, AMQPClass::Basic(B::Ack(ack))) = incoming else { panic!("a publisher was told {incoming:?}") };
+                let Incoming::Method(_, AMQPClass::Basic(B::Ack(ack))) = incoming else {
+                    panic!("a publisher was told {incoming:?}")
+                };
                 assert!(ack.delivery_tag > confirmed, "confirmed twice");
                 // Persistent messages to one queue are confirmed in order.
                 for _ in confirmed..ack.delivery_tag {
@@ -177,7 +195,6 @@ fn work(office: &Office, me: usize) -> Vec<Worked> {
     }
     all
 }
-
 
 fn work_session(office: &Office, client: &mut Client, run: u32, all: &mut Vec<Worked>) -> Answer<()> {
     client.consume(QUEUE, false, PREFETCH)?;
@@ -218,7 +235,11 @@ fn wait_until_worked(office: &Office, count: u64, patience: Duration) {
         if worked > seen {
             (seen, since) = (worked, Instant::now());
         }
-        assert!(since.elapsed() < patience, "nothing moves: {worked} of {count} tasks worked on, {} confirmed", office.confirmed.load(Ordering::Relaxed));
+        assert!(
+            since.elapsed() < patience,
+            "nothing moves: {worked} of {count} tasks worked on, {} confirmed",
+            office.confirmed.load(Ordering::Relaxed)
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -297,7 +318,8 @@ fn every_confirmed_task_is_worked_on_though_connections_and_the_broker_die() {
     std::thread::sleep(Duration::from_millis(100));
     office.done.store(true, Ordering::Relaxed);
     let took = began.elapsed();
-    let mut worked: Vec<Worked> = consumers.into_iter().flat_map(|thread| thread.join().expect("no consumer fails")).collect();
+    let mut worked: Vec<Worked> =
+        consumers.into_iter().flat_map(|thread| thread.join().expect("no consumer fails")).collect();
 
     // Everyone is gone, so nothing is unacked: what is not ready is settled.
     assert_eq!(control.declare_queue(QUEUE, true, true).expect("there"), 0);
@@ -316,9 +338,15 @@ fn every_confirmed_task_is_worked_on_though_connections_and_the_broker_die() {
     assert_eq!(seen.len() as u64, tasks, "confirmed tasks that nobody worked on");
     let redelivered = worked.iter().filter(|worked| worked.redelivered).count();
     worked.sort_unstable_by_key(|worked| (worked.task, worked.run, worked.redelivered));
-    let silent = worked.windows(2).filter(|two| two[0].task == two[1].task && two[0].run == two[1].run && !two[1].redelivered).count();
+    let silent = worked
+        .windows(2)
+        .filter(|two| two[0].task == two[1].task && two[0].run == two[1].run && !two[1].redelivered)
+        .count();
     assert_eq!(silent, 0, "deliveries that came twice in one run of the broker without saying so");
-    let unmarked = worked.windows(2).filter(|two| two[0].task == two[1].task && two[0].run != two[1].run && !two[1].redelivered).count();
+    let unmarked = worked
+        .windows(2)
+        .filter(|two| two[0].task == two[1].task && two[0].run != two[1].run && !two[1].redelivered)
+        .count();
     println!(
         "{tasks} tasks in {took:.2?} ({:.0} a second), published in {published_in:.2?} ({:.0} a second); {deliveries} deliveries, {redelivered} of them redelivered; \
          {sent_again} published again; the broker was killed after {confirmed_at_kill} confirms, was ready again in {restarted_in:?}, and delivered {unmarked} tasks \

@@ -28,12 +28,7 @@ impl User {
     /// A user with a password, without tags and without permissions.
     #[must_use]
     pub fn new(name: impl Into<String>, password: PasswordHash) -> Self {
-        Self {
-            name: name.into(),
-            password: Some(password),
-            tags: Vec::new(),
-            permissions: BTreeMap::new(),
-        }
+        Self { name: name.into(), password: Some(password), tags: Vec::new(), permissions: BTreeMap::new() }
     }
 
     #[must_use]
@@ -92,14 +87,8 @@ pub struct Authenticator {
 
 impl Authenticator {
     #[must_use]
-    pub fn new(
-        users: impl IntoIterator<Item = User>,
-        loopback_users: impl IntoIterator<Item = String>,
-    ) -> Self {
-        let users = users
-            .into_iter()
-            .map(|user| (user.name.clone(), Arc::new(user)))
-            .collect();
+    pub fn new(users: impl IntoIterator<Item = User>, loopback_users: impl IntoIterator<Item = String>) -> Self {
+        let users = users.into_iter().map(|user| (user.name.clone(), Arc::new(user))).collect();
         Self {
             users: RwLock::new(users),
             loopback_users: loopback_users.into_iter().collect(),
@@ -112,12 +101,7 @@ impl Authenticator {
     ///
     /// # Errors
     /// [`AuthFailure`] with the true reason. Log it; do not send it.
-    pub fn authenticate(
-        &self,
-        user: &str,
-        password: &[u8],
-        peer: IpAddr,
-    ) -> Result<Arc<User>, AuthFailure> {
+    pub fn authenticate(&self, user: &str, password: &[u8], peer: IpAddr) -> Result<Arc<User>, AuthFailure> {
         if password.is_empty() {
             return Err(AuthFailure::BlankPassword);
         }
@@ -212,21 +196,12 @@ impl Authenticator {
     ///
     /// # Errors
     /// [`NoSuchUser`]; nothing is changed then.
-    pub fn set_permission(
-        &self,
-        user: &str,
-        vhost: &str,
-        permission: Option<Permission>,
-    ) -> Result<(), NoSuchUser> {
+    pub fn set_permission(&self, user: &str, vhost: &str, permission: Option<Permission>) -> Result<(), NoSuchUser> {
         let mut users = self.users.write();
-        let entry = users.get_mut(user).ok_or_else(|| NoSuchUser {
-            user: user.to_owned(),
-        })?;
+        let entry = users.get_mut(user).ok_or_else(|| NoSuchUser { user: user.to_owned() })?;
         let changed = Arc::make_mut(entry);
         match permission {
-            Some(permission) => changed
-                .permissions
-                .insert(vhost.to_owned(), Arc::new(permission)),
+            Some(permission) => changed.permissions.insert(vhost.to_owned(), Arc::new(permission)),
             None => changed.permissions.remove(vhost),
         };
         self.advance_epoch();
@@ -254,36 +229,21 @@ mod tests {
             .with_permission("/", Permission::full());
         let app = User::new("app", PasswordHash::new("secret")).with_permission(
             "/",
-            Permission {
-                configure: Pattern::new(""),
-                write: Pattern::new("^orders$"),
-                read: Pattern::new(""),
-            },
+            Permission { configure: Pattern::new(""), write: Pattern::new("^orders$"), read: Pattern::new("") },
         );
         Authenticator::new([guest, app], ["guest".to_owned()])
     }
 
     fn login(user: &str, password: &str, peer: &str) -> Result<String, AuthFailure> {
-        authenticator()
-            .authenticate(user, password.as_bytes(), peer.parse().unwrap())
-            .map(|user| user.name.clone())
+        authenticator().authenticate(user, password.as_bytes(), peer.parse().unwrap()).map(|user| user.name.clone())
     }
 
     #[test]
     fn the_right_password_logs_in_and_a_wrong_one_does_not() {
         assert_eq!(login("app", "secret", "10.0.0.7"), Ok("app".to_owned()));
-        assert_eq!(
-            login("app", "Secret", "10.0.0.7"),
-            Err(AuthFailure::WrongPassword)
-        );
-        assert_eq!(
-            login("nobody", "secret", "10.0.0.7"),
-            Err(AuthFailure::UnknownUser)
-        );
-        assert_eq!(
-            login("nobody", "decoy", "10.0.0.7"),
-            Err(AuthFailure::UnknownUser)
-        );
+        assert_eq!(login("app", "Secret", "10.0.0.7"), Err(AuthFailure::WrongPassword));
+        assert_eq!(login("nobody", "secret", "10.0.0.7"), Err(AuthFailure::UnknownUser));
+        assert_eq!(login("nobody", "decoy", "10.0.0.7"), Err(AuthFailure::UnknownUser));
     }
 
     #[test]
@@ -298,9 +258,7 @@ mod tests {
         let mut user = User::new("cert", PasswordHash::new("x"));
         user.password = None;
         let authenticator = Authenticator::new([user], []);
-        let failure = authenticator
-            .authenticate("cert", b"decoy", LOCAL)
-            .unwrap_err();
+        let failure = authenticator.authenticate("cert", b"decoy", LOCAL).unwrap_err();
         assert_eq!(failure, AuthFailure::WrongPassword);
     }
 
@@ -310,11 +268,7 @@ mod tests {
             assert!(login("guest", "guest", peer).is_ok(), "{peer}");
         }
         for peer in ["10.0.0.7", "::ffff:10.0.0.7", "2001:db8::1"] {
-            assert_eq!(
-                login("guest", "guest", peer),
-                Err(AuthFailure::NotLoopback),
-                "{peer}"
-            );
+            assert_eq!(login("guest", "guest", peer), Err(AuthFailure::NotLoopback), "{peer}");
         }
     }
 
@@ -328,11 +282,7 @@ mod tests {
             .set_permission(
                 "guest",
                 "other",
-                Some(Permission {
-                    configure: Pattern::new(""),
-                    write: Pattern::new(""),
-                    read: Pattern::new(""),
-                }),
+                Some(Permission { configure: Pattern::new(""), write: Pattern::new(""), read: Pattern::new("") }),
             )
             .unwrap();
         assert!(authenticator.vhost_access("guest", "other"));
@@ -366,21 +316,13 @@ mod tests {
         };
         authenticator.put_user(User::new("new", PasswordHash::new("n")));
         assert!(moved());
-        authenticator
-            .set_permission("new", "/", Some(Permission::full()))
-            .unwrap();
+        authenticator.set_permission("new", "/", Some(Permission::full())).unwrap();
         assert!(moved() && authenticator.vhost_access("new", "/"));
         authenticator.set_permission("new", "/", None).unwrap();
         assert!(moved() && !authenticator.vhost_access("new", "/"));
         assert!(authenticator.remove_user("new").is_some() && authenticator.user("new").is_none());
         assert!(moved() && authenticator.users().len() == 2);
-        assert_eq!(
-            authenticator
-                .set_permission("new", "/", None)
-                .unwrap_err()
-                .to_string(),
-            "no user 'new'"
-        );
+        assert_eq!(authenticator.set_permission("new", "/", None).unwrap_err().to_string(), "no user 'new'");
         assert!(!moved());
     }
 

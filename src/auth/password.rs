@@ -21,16 +21,8 @@ pub enum HashAlgorithm {
 impl HashAlgorithm {
     fn digest(self, salt: [u8; SALT_BYTES], password: &[u8]) -> Vec<u8> {
         match self {
-            Self::Sha256 => Sha256::new()
-                .chain_update(salt)
-                .chain_update(password)
-                .finalize()
-                .to_vec(),
-            Self::Sha512 => Sha512::new()
-                .chain_update(salt)
-                .chain_update(password)
-                .finalize()
-                .to_vec(),
+            Self::Sha256 => Sha256::new().chain_update(salt).chain_update(password).finalize().to_vec(),
+            Self::Sha512 => Sha512::new().chain_update(salt).chain_update(password).finalize().to_vec(),
         }
     }
 
@@ -71,14 +63,8 @@ pub enum PasswordHashError {
     UnknownAlgorithm,
     #[error("not valid base64")]
     NotBase64,
-    #[error(
-        "decodes to {found} bytes, but {algorithm} needs {expected} (a salt of 4 and the digest)"
-    )]
-    WrongLength {
-        algorithm: HashAlgorithm,
-        expected: usize,
-        found: usize,
-    },
+    #[error("decodes to {found} bytes, but {algorithm} needs {expected} (a salt of 4 and the digest)")]
+    WrongLength { algorithm: HashAlgorithm, expected: usize, found: usize },
 }
 
 /// A salted password hash; the password itself is not kept anywhere.
@@ -98,11 +84,7 @@ impl PasswordHash {
 
     fn with_salt(algorithm: HashAlgorithm, salt: [u8; SALT_BYTES], password: &[u8]) -> Self {
         let digest = algorithm.digest(salt, password);
-        Self {
-            algorithm,
-            salt,
-            digest,
-        }
+        Self { algorithm, salt, digest }
     }
 
     /// Reads a stored hash, as RabbitMQ exports it.
@@ -110,22 +92,12 @@ impl PasswordHash {
     /// # Errors
     /// [`PasswordHashError`] if `text` is not base64 of a salt and a digest of this algorithm.
     pub fn decode(algorithm: HashAlgorithm, text: &str) -> Result<Self, PasswordHashError> {
-        let bytes = STANDARD
-            .decode(text)
-            .map_err(|_| PasswordHashError::NotBase64)?;
+        let bytes = STANDARD.decode(text).map_err(|_| PasswordHashError::NotBase64)?;
         let expected = SALT_BYTES + algorithm.digest_bytes();
         let found = bytes.len();
         match bytes.split_first_chunk() {
-            Some((salt, digest)) if found == expected => Ok(Self {
-                algorithm,
-                salt: *salt,
-                digest: digest.to_vec(),
-            }),
-            _ => Err(PasswordHashError::WrongLength {
-                algorithm,
-                expected,
-                found,
-            }),
+            Some((salt, digest)) if found == expected => Ok(Self { algorithm, salt: *salt, digest: digest.to_vec() }),
+            _ => Err(PasswordHashError::WrongLength { algorithm, expected, found }),
         }
     }
 
@@ -144,10 +116,7 @@ impl PasswordHash {
     #[must_use]
     pub fn matches(&self, password: &[u8]) -> bool {
         let offered = self.algorithm.digest(self.salt, password);
-        let difference = offered
-            .iter()
-            .zip(&self.digest)
-            .fold(0, |seen, (a, b)| seen | (a ^ b));
+        let difference = offered.iter().zip(&self.digest).fold(0, |seen, (a, b)| seen | (a ^ b));
         difference == 0 && !password.is_empty()
     }
 }
@@ -209,22 +178,13 @@ mod tests {
     fn damaged_hashes_are_refused_with_the_reason() {
         let decode = |text| PasswordHash::decode(HashAlgorithm::Sha256, text).unwrap_err();
         assert_eq!(decode("not base64!"), PasswordHashError::NotBase64);
-        assert_eq!(
-            decode("AAAA").to_string(),
-            "decodes to 3 bytes, but sha256 needs 36 (a salt of 4 and the digest)"
-        );
-        assert_eq!(
-            "md5".parse::<HashAlgorithm>(),
-            Err(PasswordHashError::UnknownAlgorithm)
-        );
+        assert_eq!(decode("AAAA").to_string(), "decodes to 3 bytes, but sha256 needs 36 (a salt of 4 and the digest)");
+        assert_eq!("md5".parse::<HashAlgorithm>(), Err(PasswordHashError::UnknownAlgorithm));
     }
 
     #[test]
     fn debug_output_shows_no_secret() {
-        let shown = format!(
-            "{:?}",
-            PasswordHash::with_salt(HashAlgorithm::Sha256, [7; 4], b"x")
-        );
+        let shown = format!("{:?}", PasswordHash::with_salt(HashAlgorithm::Sha256, [7; 4], b"x"));
         assert_eq!(shown, "PasswordHash(sha256)");
     }
 }

@@ -40,11 +40,7 @@ impl fmt::Display for Resource {
 
 /// The name that permissions are tested against: the default exchange is called `amq.default` there.
 pub(super) fn permission_name(resource: Resource, name: &str) -> &str {
-    if resource == Resource::Exchange && name.is_empty() {
-        "amq.default"
-    } else {
-        name
-    }
+    if resource == Resource::Exchange && name.is_empty() { "amq.default" } else { name }
 }
 
 /// A name pattern: a regular expression that may match anywhere in the name (`foo` allows `xfoobar`).
@@ -77,10 +73,7 @@ impl Pattern {
     /// Compiles a pattern; an invalid one matches nothing.
     #[must_use]
     pub fn new(source: &str) -> Self {
-        Self::parse(source).unwrap_or_else(|_| Self {
-            source: source.to_owned(),
-            matcher: Matcher::Nothing,
-        })
+        Self::parse(source).unwrap_or_else(|_| Self { source: source.to_owned(), matcher: Matcher::Nothing })
     }
 
     /// Compiles a pattern.
@@ -93,10 +86,7 @@ impl Pattern {
             ".*" | "^.*" | ".*$" | "^.*$" => Matcher::Everything,
             _ => Matcher::Regex(Regex::new(source).map_err(|error| invalid(&error))?),
         };
-        Ok(Self {
-            source: source.to_owned(),
-            matcher,
-        })
+        Ok(Self { source: source.to_owned(), matcher })
     }
 
     #[must_use]
@@ -120,9 +110,7 @@ impl Pattern {
 fn invalid(error: &regex::Error) -> InvalidPattern {
     let text = error.to_string();
     let last = text.lines().next_back().unwrap_or_default();
-    InvalidPattern {
-        reason: last.trim_start_matches("error: ").to_owned(),
-    }
+    InvalidPattern { reason: last.trim_start_matches("error: ").to_owned() }
 }
 
 impl PartialEq for Pattern {
@@ -145,11 +133,7 @@ impl Permission {
     /// Everything on every name.
     #[must_use]
     pub fn full() -> Self {
-        Self {
-            configure: Pattern::new(".*"),
-            write: Pattern::new(".*"),
-            read: Pattern::new(".*"),
-        }
+        Self { configure: Pattern::new(".*"), write: Pattern::new(".*"), read: Pattern::new(".*") }
     }
 
     /// Whether this access to a resource is allowed. The default exchange is tested as `amq.default`.
@@ -200,10 +184,7 @@ mod tests {
         let pattern = Pattern::new("(");
         assert!(!pattern.matches("(") && !pattern.matches(""));
         assert_eq!(pattern.as_str(), "(");
-        assert_eq!(
-            Pattern::parse("(").unwrap_err().to_string(),
-            "not a valid regular expression: unclosed group"
-        );
+        assert_eq!(Pattern::parse("(").unwrap_err().to_string(), "not a valid regular expression: unclosed group");
         assert!(Pattern::parse("(?!amq)").is_err());
     }
 
@@ -216,16 +197,9 @@ mod tests {
 
     #[test]
     fn each_access_has_its_own_pattern() {
-        let permission = Permission {
-            configure: Pattern::new("^c"),
-            write: Pattern::new("^w"),
-            read: Pattern::new("^r"),
-        };
-        for (access, name) in [
-            (Access::Configure, "c"),
-            (Access::Write, "w"),
-            (Access::Read, "r"),
-        ] {
+        let permission =
+            Permission { configure: Pattern::new("^c"), write: Pattern::new("^w"), read: Pattern::new("^r") };
+        for (access, name) in [(Access::Configure, "c"), (Access::Write, "w"), (Access::Read, "r")] {
             assert!(permission.allows(access, Resource::Queue, name));
             assert!(!permission.allows(access, Resource::Queue, "other"));
         }

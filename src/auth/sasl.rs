@@ -36,10 +36,7 @@ impl Mechanism {
     /// The refusal as clients know it, without the reply code's name. The reason is for the log only.
     #[must_use]
     pub fn refusal_text(self) -> String {
-        format!(
-            "Login was refused using authentication mechanism {}. For details see the broker logfile.",
-            self.name()
-        )
+        format!("Login was refused using authentication mechanism {}. For details see the broker logfile.", self.name())
     }
 }
 
@@ -53,9 +50,7 @@ pub struct Credentials {
 /// The password belongs into no log.
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("user", &self.user)
-            .finish_non_exhaustive()
+        f.debug_struct("Credentials").field("user", &self.user).finish_non_exhaustive()
     }
 }
 
@@ -74,9 +69,7 @@ pub fn parse_plain(response: &[u8]) -> Result<Credentials, MalformedResponse> {
     let mut parts = response.split(|&byte| byte == 0);
     match (parts.next(), parts.next(), parts.next(), parts.next()) {
         (Some([]), Some(user), Some(password), None) => Ok(credentials(user, password)),
-        _ => Err(MalformedResponse {
-            mechanism: Mechanism::Plain,
-        }),
+        _ => Err(MalformedResponse { mechanism: Mechanism::Plain }),
     }
 }
 
@@ -87,9 +80,7 @@ pub fn parse_plain(response: &[u8]) -> Result<Credentials, MalformedResponse> {
 pub fn parse_amqplain(response: &FieldTable) -> Result<Credentials, MalformedResponse> {
     match (text(response, "LOGIN"), text(response, "PASSWORD")) {
         (Some(user), Some(password)) => Ok(credentials(user, password)),
-        _ => Err(MalformedResponse {
-            mechanism: Mechanism::AmqPlain,
-        }),
+        _ => Err(MalformedResponse { mechanism: Mechanism::AmqPlain }),
     }
 }
 
@@ -103,10 +94,7 @@ fn text<'a>(table: &'a FieldTable, key: &str) -> Option<&'a [u8]> {
 
 /// A name that is not UTF-8 names no user; it is kept readable for the log.
 fn credentials(user: &[u8], password: &[u8]) -> Credentials {
-    Credentials {
-        user: String::from_utf8_lossy(user).into_owned(),
-        password: password.to_vec(),
-    }
+    Credentials { user: String::from_utf8_lossy(user).into_owned(), password: password.to_vec() }
 }
 
 #[cfg(test)]
@@ -118,34 +106,21 @@ mod tests {
     #[test]
     fn plain_takes_user_and_password() {
         let parsed = parse_plain(b"\0guest\0secret").unwrap();
-        assert_eq!(
-            (parsed.user.as_str(), parsed.password.as_slice()),
-            ("guest", &b"secret"[..])
-        );
+        assert_eq!((parsed.user.as_str(), parsed.password.as_slice()), ("guest", &b"secret"[..]));
     }
 
     #[test]
     fn plain_leaves_blank_parts_to_the_password_check() {
         let parsed = parse_plain(b"\0guest\0").unwrap();
-        assert_eq!(
-            (parsed.user.as_str(), parsed.password.as_slice()),
-            ("guest", &b""[..])
-        );
+        assert_eq!((parsed.user.as_str(), parsed.password.as_slice()), ("guest", &b""[..]));
         assert!(parse_plain(b"\0\0").is_ok());
     }
 
     #[test]
     fn plain_refuses_every_other_form() {
-        for response in [
-            &b""[..],
-            b"xx",
-            b"\0",
-            b"\0guest",
-            b"guest\0secret",
-            b"as\0guest\0secret",
-            b"\0a\0b\0c",
-            b"\0a\0b\0",
-        ] {
+        for response in
+            [&b""[..], b"xx", b"\0", b"\0guest", b"guest\0secret", b"as\0guest\0secret", b"\0a\0b\0c", b"\0a\0b\0"]
+        {
             assert!(parse_plain(response).is_err(), "{response:?}");
         }
     }
@@ -162,17 +137,11 @@ mod tests {
     fn amqplain_takes_long_strings_and_byte_arrays_and_ignores_other_keys() {
         let parsed = parse_amqplain(&table(&[
             ("LOGIN", AMQPValue::LongString(LongString::from("guest"))),
-            (
-                "PASSWORD",
-                AMQPValue::ByteArray(ByteArray::from(b"secret".to_vec())),
-            ),
+            ("PASSWORD", AMQPValue::ByteArray(ByteArray::from(b"secret".to_vec()))),
             ("OTHER", AMQPValue::Boolean(true)),
         ]));
         let parsed = parsed.unwrap();
-        assert_eq!(
-            (parsed.user.as_str(), parsed.password.as_slice()),
-            ("guest", &b"secret"[..])
-        );
+        assert_eq!((parsed.user.as_str(), parsed.password.as_slice()), ("guest", &b"secret"[..]));
     }
 
     #[test]

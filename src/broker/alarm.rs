@@ -26,7 +26,8 @@ impl Alarms {
     /// Sets or clears an alarm; a change is logged.
     pub fn set(&self, alarm: Alarm, active: bool) {
         let bit = alarm as u8;
-        let before = if active { self.0.fetch_or(bit, Ordering::Relaxed) } else { self.0.fetch_and(!bit, Ordering::Relaxed) };
+        let before =
+            if active { self.0.fetch_or(bit, Ordering::Relaxed) } else { self.0.fetch_and(!bit, Ordering::Relaxed) };
         match (before & bit != 0, active) {
             (false, true) => tracing::warn!(resource = alarm.name(), "alarm: publishing connections are blocked"),
             (true, false) => tracing::info!(resource = alarm.name(), "alarm cleared"),
@@ -43,7 +44,11 @@ impl Alarms {
     /// The reason as RabbitMQ words it: `low on memory`, `low on disk`, `low on disk & memory`.
     pub fn reason(&self) -> Option<String> {
         let bits = self.0.load(Ordering::Relaxed);
-        let names: Vec<&str> = [Alarm::Disk, Alarm::Memory].iter().filter(|alarm| bits & **alarm as u8 != 0).map(|alarm| alarm.name()).collect();
+        let names: Vec<&str> = [Alarm::Disk, Alarm::Memory]
+            .iter()
+            .filter(|alarm| bits & **alarm as u8 != 0)
+            .map(|alarm| alarm.name())
+            .collect();
         (!names.is_empty()).then(|| format!("low on {}", names.join(" & ")))
     }
 }

@@ -120,7 +120,8 @@ const WITHOUT_EFFECT: &[&str] = &[
 pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
     exchange_name_argument(resource, "x-dead-letter-exchange", arguments)
         .map_err(|error| BrokerError::InvalidArgument(error.to_string()))?;
-    let invalid = |key: &str, error: String| BrokerError::InvalidArgument(format!("invalid arg '{key}' for {resource}: {error}"));
+    let invalid =
+        |key: &str, error: String| BrokerError::InvalidArgument(format!("invalid arg '{key}' for {resource}: {error}"));
     if let Some(value) = lookup(arguments, "x-queue-type") {
         check_queue_type(value).map_err(|error| invalid("x-queue-type", error))?;
     }
@@ -134,7 +135,8 @@ pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) ->
         let text = format!("invalid arg '{key}' for {resource} of queue type {}", queue_type.module());
         return Err(BrokerError::InvalidArgument(text));
     }
-    if lookup(arguments, "x-dead-letter-routing-key").is_some() && lookup(arguments, "x-dead-letter-exchange").is_none() {
+    if lookup(arguments, "x-dead-letter-routing-key").is_some() && lookup(arguments, "x-dead-letter-exchange").is_none()
+    {
         return Err(invalid("x-dead-letter-routing-key", "routing_key_but_no_dlx_defined".into()));
     }
     Ok(())
@@ -200,7 +202,8 @@ fn unacceptable(value: &AMQPValue) -> String {
 /// 406 `inequivalent arg …`.
 pub fn check_equivalent(current: &QueueOptions, new: &QueueOptions) -> Result<(), BrokerError> {
     let resource = ResourceName::queue(&current.name, &current.vhost);
-    let inequivalent = |error: crate::model::arguments::InequivalentArgument| BrokerError::InvalidArgument(error.to_string());
+    let inequivalent =
+        |error: crate::model::arguments::InequivalentArgument| BrokerError::InvalidArgument(error.to_string());
     check_flag(&resource, "durable", current.durable, new.durable).map_err(inequivalent)?;
     check_flag(&resource, "auto_delete", current.auto_delete, new.auto_delete).map_err(inequivalent)?;
     let (current_arguments, new_arguments) = (with_type(&current.arguments), with_type(&new.arguments));

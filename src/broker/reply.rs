@@ -2,14 +2,17 @@
 
 use std::{
     fmt,
-    sync::{Arc, atomic::{AtomicU64, Ordering}},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use dashmap::DashMap;
 
-use super::port::{Address, Delivery, Effects, Port};
 use super::message::Message;
+use super::port::{Address, Delivery, Effects, Port};
 
 /// The pseudo queue requesters consume from and name in `reply-to`.
 pub const REPLY_TO: &str = "amq.rabbitmq.reply-to";
@@ -78,7 +81,9 @@ impl ReplyRegistry {
 
     /// Delivers to a requester; lost if it has just gone.
     pub fn deliver(&self, id: u64, message: &Message<'_>, effects: &mut Effects) {
-        let Some((port, to)) = self.requesters.get(&id).map(|requester| (requester.port.clone(), requester.to)) else { return };
+        let Some((port, to)) = self.requesters.get(&id).map(|requester| (requester.port.clone(), requester.to)) else {
+            return;
+        };
         let wake = port.with_writer(&mut |writer| {
             writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: *message });
         });

@@ -4,7 +4,10 @@
 //! The topology lock comes before every queue's lock. Publishing takes it for reading only when a channel's route cache
 //! misses; a change holds it for writing while it alters memory and hands the definition to the store, never for I/O.
 
-use std::sync::{Arc, atomic::{AtomicU64, Ordering}};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use amq_protocol::types::FieldTable;
 use parking_lot::RwLock;
@@ -88,7 +91,13 @@ impl Vhost {
     ///
     /// # Errors
     /// 404 without such an exchange, 403 for an internal one.
-    pub fn route(&self, exchange: &str, keys: &[&[u8]], headers: Option<&FieldTable>, out: &mut Route) -> Result<(), TopologyError> {
+    pub fn route(
+        &self,
+        exchange: &str,
+        keys: &[&[u8]],
+        headers: Option<&FieldTable>,
+        out: &mut Route,
+    ) -> Result<(), TopologyError> {
         let topology = self.topology.read();
         topology.check_publish(exchange)?;
         topology.route(exchange, keys, headers, out)
@@ -150,7 +159,8 @@ impl Vhost {
     /// Those of [`Vhost::check_declare_exchange`].
     pub fn declare_exchange(&self, new: Exchange) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
-        let definition = new.durable.then(|| (definitions::exchange_key(&self.name, &new.name), definitions::exchange_value(&new)));
+        let definition =
+            new.durable.then(|| (definitions::exchange_key(&self.name, &new.name), definitions::exchange_value(&new)));
         let name = new.name.clone();
         if topology.declare_exchange(new)? == Declared::Existed {
             return Ok(self.last_definition.load(Ordering::Relaxed));
@@ -230,10 +240,10 @@ impl Vhost {
     pub fn unbind(&self, binding: &Binding, connection: ConnectionId) -> Result<Round, BrokerError> {
         check_ends(binding)?;
         let mut topology = self.topology.write();
-        if let Destination::Queue(name) = &binding.destination {
-            if let Some(queue) = topology.queue(name) {
-                self.check_owner(queue, connection)?;
-            }
+        if let Destination::Queue(name) = &binding.destination
+            && let Some(queue) = topology.queue(name)
+        {
+            self.check_owner(queue, connection)?;
         }
         let removed = topology.unbind(binding);
         Ok(self.forget(&removed))
@@ -245,7 +255,12 @@ impl Vhost {
     ///
     /// # Errors
     /// 405 or 406 when one of that name is there and differs; 403 for a reserved name; 406 for wrong arguments.
-    pub fn declare_queue(&self, options: QueueOptions, connection: ConnectionId, server_named: bool) -> Result<DeclaredQueue, BrokerError> {
+    pub fn declare_queue(
+        &self,
+        options: QueueOptions,
+        connection: ConnectionId,
+        server_named: bool,
+    ) -> Result<DeclaredQueue, BrokerError> {
         if let Some(queue) = self.queue(&options.name) {
             return self.redeclare(queue, &options, connection);
         }
@@ -275,9 +290,15 @@ impl Vhost {
         Ok(DeclaredQueue { queue, created: true, round })
     }
 
-    fn redeclare(&self, queue: Arc<Queue>, options: &QueueOptions, connection: ConnectionId) -> Result<DeclaredQueue, BrokerError> {
+    fn redeclare(
+        &self,
+        queue: Arc<Queue>,
+        options: &QueueOptions,
+        connection: ConnectionId,
+    ) -> Result<DeclaredQueue, BrokerError> {
         let current = &queue.options;
-        if current.exclusive_to != options.exclusive_to || current.exclusive_to.is_some_and(|owner| owner != connection) {
+        if current.exclusive_to != options.exclusive_to || current.exclusive_to.is_some_and(|owner| owner != connection)
+        {
             return Err(self.locked(&queue));
         }
         arguments::check_equivalent(current, options)?;
@@ -323,7 +344,13 @@ impl Vhost {
     ///
     /// # Errors
     /// 406 for a queue that is not empty, or in use.
-    pub fn check_delete(&self, queue: &Queue, counts: &Counts, if_unused: bool, if_empty: bool) -> Result<(), BrokerError> {
+    pub fn check_delete(
+        &self,
+        queue: &Queue,
+        counts: &Counts,
+        if_unused: bool,
+        if_empty: bool,
+    ) -> Result<(), BrokerError> {
         let (queue, vhost) = (queue.options.name.clone(), self.name.clone());
         if if_empty && counts.ready > 0 {
             return Err(BrokerError::QueueNotEmpty { queue, vhost });

@@ -89,17 +89,11 @@ struct Failure {
 
 impl Failure {
     fn running(error: impl Into<Box<dyn Error>>) -> Self {
-        Self {
-            code: 1,
-            error: error.into(),
-        }
+        Self { code: 1, error: error.into() }
     }
 
     fn usage(error: impl Into<Box<dyn Error>>) -> Self {
-        Self {
-            code: 2,
-            error: error.into(),
-        }
+        Self { code: 2, error: error.into() }
     }
 }
 
@@ -129,10 +123,8 @@ fn serve(flags: &Flags) -> Result<(), Failure> {
 
 fn check_config(flags: &Flags) -> Result<(), Failure> {
     let config = Config::load(flags).map_err(Failure::usage)?;
-    let source = config.config_file.map_or_else(
-        || "no file was read".to_owned(),
-        |path| format!("{} was read", path.display()),
-    );
+    let source =
+        config.config_file.map_or_else(|| "no file was read".to_owned(), |path| format!("{} was read", path.display()));
     let (vhosts, users) = (config.vhosts.len(), config.users.len());
     println!("the configuration is valid: {source}, virtual hosts: {vhosts}, users: {users}");
     Ok(())
@@ -166,10 +158,7 @@ mod tests {
 
     #[test]
     fn the_flags_of_serve_work_with_and_without_its_name() {
-        for args in [
-            &["leveret", "--port", "5673"][..],
-            &["leveret", "serve", "--port", "5673"],
-        ] {
+        for args in [&["leveret", "--port", "5673"][..], &["leveret", "serve", "--port", "5673"]] {
             let parsed = Cli::try_parse_from(args).map(|cli| (cli.command, cli.flags));
             let Ok((None, flags) | (Some(Command::Serve(flags)), _)) = parsed else {
                 panic!("{args:?}");
@@ -189,13 +178,8 @@ mod tests {
 
     #[test]
     fn causes_are_shown_once() {
-        let error = crate::config::ConfigError::ReadFile {
-            path: "x".into(),
-            source: std::io::Error::other("disk on fire"),
-        };
-        assert_eq!(
-            one_line(&error),
-            "cannot read configuration file 'x': disk on fire"
-        );
+        let error =
+            crate::config::ConfigError::ReadFile { path: "x".into(), source: std::io::Error::other("disk on fire") };
+        assert_eq!(one_line(&error), "cannot read configuration file 'x': disk on fire");
     }
 }

@@ -45,11 +45,7 @@ pub(super) fn run(args: &PingArgs) -> Result<(), PingError> {
         Some(uri) => host_and_port(uri).ok_or_else(|| PingError::Uri { uri: uri.clone() })?,
         None => (args.host.clone(), args.port.unwrap_or_else(configured_port)),
     };
-    let address = if host.contains(':') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
-    };
+    let address = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
     match ask(&host, port, Duration::from_secs(args.timeout)) {
         Ok(true) => {
             println!("{address} answers");
@@ -63,9 +59,7 @@ pub(super) fn run(args: &PingArgs) -> Result<(), PingError> {
 /// A health check runs in the broker's own environment.
 fn configured_port() -> u16 {
     let variable = std::env::var("LEVERET_PORT").ok();
-    variable
-        .and_then(|port| port.trim().parse().ok())
-        .unwrap_or(DEFAULT_PORT)
+    variable.and_then(|port| port.trim().parse().ok()).unwrap_or(DEFAULT_PORT)
 }
 
 fn host_and_port(uri: &str) -> Option<(String, u16)> {
@@ -114,11 +108,7 @@ fn connect(host: &str, port: u16, deadline: Instant) -> io::Result<TcpStream> {
 
 fn remaining(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        Err(timed_out())
-    } else {
-        Ok(left)
-    }
+    if left.is_zero() { Err(timed_out()) } else { Ok(left) }
 }
 
 fn timed_out() -> io::Error {
@@ -168,22 +158,10 @@ mod tests {
     fn uris_give_host_and_port() {
         let pair = |host: &str, port| Some((host.to_owned(), port));
         assert_eq!(host_and_port("amqp://localhost"), pair("localhost", 5672));
-        assert_eq!(
-            host_and_port("amqp://guest:guest@10.0.0.1:5673/%2F"),
-            pair("10.0.0.1", 5673)
-        );
-        assert_eq!(
-            host_and_port("amqp://[::1]:5673/?heartbeat=5"),
-            pair("::1", 5673)
-        );
+        assert_eq!(host_and_port("amqp://guest:guest@10.0.0.1:5673/%2F"), pair("10.0.0.1", 5673));
+        assert_eq!(host_and_port("amqp://[::1]:5673/?heartbeat=5"), pair("::1", 5673));
         assert_eq!(host_and_port("amqp://[::1]"), pair("::1", 5672));
-        for uri in [
-            "localhost",
-            "amqps://localhost",
-            "amqp://",
-            "amqp://h:port",
-            "amqp://h:70000",
-        ] {
+        for uri in ["localhost", "amqps://localhost", "amqp://", "amqp://h:port", "amqp://h:70000"] {
             assert_eq!(host_and_port(uri), None, "{uri}");
         }
     }

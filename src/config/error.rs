@@ -24,35 +24,14 @@ impl fmt::Display for Origin {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read configuration file '{}': {source}", path.display())]
-    ReadFile {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    ReadFile { path: PathBuf, source: std::io::Error },
     #[error("{}, line {line}, column {column}: {message}", path.display())]
-    Syntax {
-        path: PathBuf,
-        line: usize,
-        column: usize,
-        message: String,
-    },
+    Syntax { path: PathBuf, line: usize, column: usize, message: String },
     #[error("unknown key '{key}' in {}; {hint}", path.display())]
-    UnknownKey {
-        path: PathBuf,
-        key: String,
-        hint: String,
-    },
+    UnknownKey { path: PathBuf, key: String, hint: String },
     #[error("{key} = '{value}' ({origin}): {reason}")]
-    Invalid {
-        key: String,
-        value: String,
-        origin: Origin,
-        reason: String,
-    },
+    Invalid { key: String, value: String, origin: Origin, reason: String },
     /// Each value is allowed on its own, but not together with another one.
     #[error("{key} = '{value}': {reason}")]
-    Conflict {
-        key: &'static str,
-        value: String,
-        reason: String,
-    },
+    Conflict { key: &'static str, value: String, reason: String },
 }

@@ -11,24 +11,15 @@ use super::{ConfigError, Draft, Origin};
 use crate::auth::{HashAlgorithm, InvalidPattern, PasswordHash, Pattern, Permission, User};
 
 const USERS: &str = "users";
-const USER_KEYS: &[&str] = &[
-    "name",
-    "password",
-    "password_hash",
-    "hash_algorithm",
-    "tags",
-    "permissions",
-];
+const USER_KEYS: &[&str] = &["name", "password", "password_hash", "hash_algorithm", "tags", "permissions"];
 const PERMISSION_KEYS: &[&str] = &["vhost", "configure", "write", "read"];
 /// How many letters a key may be off and still be guessed.
 const MAX_SLIPS: usize = 3;
 
 /// Reads the file into the draft.
 pub(super) fn read(path: &Path, draft: &mut Draft) -> Result<(), ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::ReadFile {
-        path: path.to_path_buf(),
-        source,
-    })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::ReadFile { path: path.to_path_buf(), source })?;
     let table: Table = text.parse().map_err(|error| syntax(path, &text, &error))?;
     for (key, value) in &table {
         match value {
@@ -45,12 +36,7 @@ pub(super) fn read(path: &Path, draft: &mut Draft) -> Result<(), ConfigError> {
 }
 
 fn is_section(name: &str) -> bool {
-    SETTINGS.iter().any(|setting| {
-        setting
-            .key
-            .split_once('.')
-            .is_some_and(|(section, _)| section == name)
-    })
+    SETTINGS.iter().any(|setting| setting.key.split_once('.').is_some_and(|(section, _)| section == name))
 }
 
 fn apply(path: &Path, draft: &mut Draft, key: &str, value: &Toml) -> Result<(), ConfigError> {
@@ -60,12 +46,7 @@ fn apply(path: &Path, draft: &mut Draft, key: &str, value: &Toml) -> Result<(), 
     };
     match Value::from_toml(value) {
         Some(value) => setting.set(draft, &value, Origin::File(path.to_path_buf())),
-        None => Err(invalid(
-            path,
-            key,
-            value,
-            "must be a single value or a list of them".to_owned(),
-        )),
+        None => Err(invalid(path, key, value, "must be a single value or a list of them".to_owned())),
     }
 }
 
@@ -96,41 +77,24 @@ fn default_vhost() -> String {
 }
 
 fn users(path: &Path, value: &Toml) -> Result<Vec<User>, ConfigError> {
-    let entries = value.as_array().ok_or_else(|| {
-        invalid(
-            path,
-            USERS,
-            value,
-            "must be a list of tables, each under [[users]]".to_owned(),
-        )
-    })?;
+    let entries = value
+        .as_array()
+        .ok_or_else(|| invalid(path, USERS, value, "must be a list of tables, each under [[users]]".to_owned()))?;
     let mut users: Vec<User> = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {
         let at = format!("{USERS}[{index}]");
         check_user_keys(path, &at, entry)?;
-        let user = entry
-            .clone()
-            .try_into()
-            .map_err(|error| error.message().trim().to_owned())
-            .and_then(user)
-            .map_err(|reason| ConfigError::Invalid {
+        let user = entry.clone().try_into().map_err(|error| error.message().trim().to_owned()).and_then(user).map_err(
+            |reason| ConfigError::Invalid {
                 key: at.clone(),
-                value: entry
-                    .get("name")
-                    .and_then(Toml::as_str)
-                    .unwrap_or("without a name")
-                    .to_owned(),
+                value: entry.get("name").and_then(Toml::as_str).unwrap_or("without a name").to_owned(),
                 origin: Origin::File(path.to_path_buf()),
                 reason,
-            })?;
+            },
+        )?;
         if users.iter().any(|earlier| earlier.name == user.name) {
             let name = Toml::String(user.name);
-            return Err(invalid(
-                path,
-                &format!("{at}.name"),
-                &name,
-                "must not be listed twice".to_owned(),
-            ));
+            return Err(invalid(path, &format!("{at}.name"), &name, "must not be listed twice".to_owned()));
         }
         users.push(user);
     }
@@ -157,17 +121,11 @@ fn user(entry: UserEntry) -> Result<User, String> {
     user.tags = entry.tags;
     for entry in entry.permissions {
         if user.permissions.contains_key(&entry.vhost) {
-            return Err(format!(
-                "permissions must not name vhost '{}' twice",
-                entry.vhost
-            ));
+            return Err(format!("permissions must not name vhost '{}' twice", entry.vhost));
         }
         let pattern = |key, source: &str| {
             Pattern::parse(source).map_err(|error: InvalidPattern| {
-                format!(
-                    "{key} = '{source}' in permissions for vhost '{}' is {error}",
-                    entry.vhost
-                )
+                format!("{key} = '{source}' in permissions for vhost '{}' is {error}", entry.vhost)
             })
         };
         let permission = Permission {
@@ -183,41 +141,25 @@ fn user(entry: UserEntry) -> Result<User, String> {
 fn stored_hash(hash: &str, algorithm: Option<&str>) -> Result<PasswordHash, String> {
     let algorithm = match algorithm {
         None => HashAlgorithm::default(),
-        Some(name) => name
-            .parse()
-            .map_err(|error| format!("hash_algorithm = '{name}' is {error}"))?,
+        Some(name) => name.parse().map_err(|error| format!("hash_algorithm = '{name}' is {error}"))?,
     };
     PasswordHash::decode(algorithm, hash).map_err(|error| format!("password_hash: {error}"))
 }
 
 /// A misspelt key would silently be a permission or a password less.
 fn check_user_keys(path: &Path, at: &str, entry: &Toml) -> Result<(), ConfigError> {
-    let keys_of = |value: &Toml| {
-        value
-            .as_table()
-            .map(|table| table.keys().cloned().collect())
-            .unwrap_or_default()
-    };
+    let keys_of = |value: &Toml| value.as_table().map(|table| table.keys().cloned().collect()).unwrap_or_default();
     let check = |at: &str, keys: Vec<String>, known: &[&'static str]| match keys
         .into_iter()
         .find(|key| !known.contains(&key.as_str()))
     {
-        Some(key) => Err(unknown_key(
-            path,
-            &format!("{at}.{key}"),
-            &key,
-            known.iter().copied(),
-        )),
+        Some(key) => Err(unknown_key(path, &format!("{at}.{key}"), &key, known.iter().copied())),
         None => Ok(()),
     };
     check(at, keys_of(entry), USER_KEYS)?;
     let permissions = entry.get("permissions").and_then(Toml::as_array);
     for (index, permission) in permissions.into_iter().flatten().enumerate() {
-        check(
-            &format!("{at}.permissions[{index}]"),
-            keys_of(permission),
-            PERMISSION_KEYS,
-        )?;
+        check(&format!("{at}.permissions[{index}]"), keys_of(permission), PERMISSION_KEYS)?;
     }
     Ok(())
 }
@@ -225,9 +167,7 @@ fn check_user_keys(path: &Path, at: &str, entry: &Toml) -> Result<(), ConfigErro
 fn invalid(path: &Path, key: &str, value: &Toml, reason: String) -> ConfigError {
     ConfigError::Invalid {
         key: key.to_owned(),
-        value: value
-            .as_str()
-            .map_or_else(|| value.to_string().replace('\n', " "), str::to_owned),
+        value: value.as_str().map_or_else(|| value.to_string().replace('\n', " "), str::to_owned),
         origin: Origin::File(path.to_path_buf()),
         reason,
     }
@@ -246,12 +186,7 @@ fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
 }
 
 /// Names the key that was most likely meant, or else all that there are.
-fn unknown_key(
-    path: &Path,
-    shown: &str,
-    key: &str,
-    known: impl Iterator<Item = &'static str>,
-) -> ConfigError {
+fn unknown_key(path: &Path, shown: &str, key: &str, known: impl Iterator<Item = &'static str>) -> ConfigError {
     let known: Vec<_> = known.collect();
     let nearest = known
         .iter()
@@ -268,11 +203,7 @@ fn unknown_key(
         }
         _ => format!("known keys are {}", known.join(", ")),
     };
-    ConfigError::UnknownKey {
-        path: path.to_path_buf(),
-        key: shown.to_owned(),
-        hint,
-    }
+    ConfigError::UnknownKey { path: path.to_path_buf(), key: shown.to_owned(), hint }
 }
 
 /// Letters to add, drop or change to get from one word to the other (Levenshtein).
@@ -296,13 +227,9 @@ mod tests {
 
     #[test]
     fn distance_counts_single_letter_slips() {
-        for (from, to, slips) in [
-            ("port", "port", 0),
-            ("prot", "port", 2),
-            ("por", "port", 1),
-            ("", "abc", 3),
-            ("kitten", "sitting", 3),
-        ] {
+        for (from, to, slips) in
+            [("port", "port", 0), ("prot", "port", 2), ("por", "port", 1), ("", "abc", 3), ("kitten", "sitting", 3)]
+        {
             assert_eq!(distance(from, to), slips, "{from} {to}");
         }
     }

@@ -34,22 +34,16 @@ impl Args for Flags {
             .value_name("FILE")
             .value_parser(value_parser!(PathBuf))
             .help("TOML file with settings and users [env: LEVERET_CONFIG]");
-        let flags = SETTINGS
-            .iter()
-            .filter(|setting| setting.on_command_line)
-            .map(|setting| {
-                let default = setting.default.trim_matches(['(', ')']);
-                let env = setting.env();
-                Arg::new(setting.flag)
-                    .long(setting.flag)
-                    .value_name(setting.value_name)
-                    .action(ArgAction::Append)
-                    .help_heading(setting.heading)
-                    .help(format!(
-                        "{} [default: {default}] [env: {env}]",
-                        setting.help
-                    ))
-            });
+        let flags = SETTINGS.iter().filter(|setting| setting.on_command_line).map(|setting| {
+            let default = setting.default.trim_matches(['(', ')']);
+            let env = setting.env();
+            Arg::new(setting.flag)
+                .long(setting.flag)
+                .value_name(setting.value_name)
+                .action(ArgAction::Append)
+                .help_heading(setting.heading)
+                .help(format!("{} [default: {default}] [env: {env}]", setting.help))
+        });
         command.arg(config).args(flags)
     }
 

@@ -131,17 +131,11 @@ impl Config {
     }
 
     /// [`load`](Self::load) with an environment of the caller's choice.
-    fn load_with(
-        flags: &Flags,
-        env: impl Fn(&str) -> Option<OsString>,
-    ) -> Result<Self, ConfigError> {
+    fn load_with(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Self, ConfigError> {
         // An empty variable is an unset one: that is how compose files and unit files leave things out.
         let env = |name: &str| env(name).filter(|value| !value.is_empty());
         let mut draft = Draft::default();
-        let config_file = flags
-            .config
-            .clone()
-            .or_else(|| env("LEVERET_CONFIG").map(PathBuf::from));
+        let config_file = flags.config.clone().or_else(|| env("LEVERET_CONFIG").map(PathBuf::from));
         if let Some(path) = config_file {
             file::read(&path, &mut draft)?;
             draft.config.config_file = Some(path);
@@ -174,11 +168,7 @@ impl Config {
             worker_threads: 2,
             ..Draft::default().config
         };
-        config.users = vec![default_user(
-            "guest",
-            PasswordHash::new("guest"),
-            &config.vhosts,
-        )];
+        config.users = vec![default_user("guest", PasswordHash::new("guest"), &config.vhosts)];
         config
     }
 }
@@ -218,20 +208,12 @@ impl Default for Draft {
                 block_cache_bytes: 16 << 20,
                 write_buffer_bytes: 16 << 20,
             },
-            log: LogConfig {
-                filter: "info".to_owned(),
-                format: LogFormat::Auto,
-            },
+            log: LogConfig { filter: "info".to_owned(), format: LogFormat::Auto },
             loopback_users: vec!["guest".to_owned()],
             vhosts: vec!["/".to_owned()],
             users: Vec::new(),
         };
-        Self {
-            config,
-            cluster_name: None,
-            default_user: "guest".to_owned(),
-            default_password: "guest".to_owned(),
-        }
+        Self { config, cluster_name: None, default_user: "guest".to_owned(), default_password: "guest".to_owned() }
     }
 }
 
@@ -239,17 +221,12 @@ impl Draft {
     /// Checks what no single setting can check, and fills in what depends on others.
     fn finish(self) -> Result<Config, ConfigError> {
         let mut config = self.config;
-        config.cluster_name = self
-            .cluster_name
-            .unwrap_or_else(|| config.node_name.clone());
+        config.cluster_name = self.cluster_name.unwrap_or_else(|| config.node_name.clone());
         if config.amqp.initial_frame_max_bytes > config.amqp.frame_max_bytes {
             return Err(ConfigError::Conflict {
                 key: "amqp.initial_frame_max",
                 value: config.amqp.initial_frame_max_bytes.to_string(),
-                reason: format!(
-                    "must not exceed amqp.frame_max ({})",
-                    config.amqp.frame_max_bytes
-                ),
+                reason: format!("must not exceed amqp.frame_max ({})", config.amqp.frame_max_bytes),
             });
         }
         if config.users.is_empty() {
@@ -278,9 +255,7 @@ impl Draft {
 /// The user of a broker whose file lists none: an administrator who may do everything in every vhost.
 fn default_user(name: &str, password: PasswordHash, vhosts: &[String]) -> User {
     let user = User::new(name, password).with_tag("administrator");
-    vhosts.iter().fold(user, |user, vhost| {
-        user.with_permission(vhost, Permission::full())
-    })
+    vhosts.iter().fold(user, |user, vhost| user.with_permission(vhost, Permission::full()))
 }
 
 fn available_cores() -> usize {

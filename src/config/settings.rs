@@ -8,9 +8,7 @@ use std::time::Duration;
 use tracing_subscriber::EnvFilter;
 
 use super::value::{Parsed, Value};
-use super::{
-    ConfigError, Draft, Durability, LogFormat, MAX_MESSAGE_SIZE_CAP_BYTES, Origin, available_cores,
-};
+use super::{ConfigError, Draft, Durability, LogFormat, MAX_MESSAGE_SIZE_CAP_BYTES, Origin, available_cores};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -35,33 +33,21 @@ pub(super) struct Setting {
 
 impl Setting {
     pub(super) fn env(&self) -> String {
-        format!(
-            "LEVERET_{}",
-            self.flag.to_ascii_uppercase().replace('-', "_")
-        )
+        format!("LEVERET_{}", self.flag.to_ascii_uppercase().replace('-', "_"))
     }
 
     /// Puts a value into the draft.
     ///
     /// # Errors
     /// [`ConfigError::Invalid`] if this setting does not take it; the draft is then unchanged.
-    pub(super) fn set(
-        &self,
-        draft: &mut Draft,
-        value: &Value,
-        origin: Origin,
-    ) -> Result<(), ConfigError> {
+    pub(super) fn set(&self, draft: &mut Draft, value: &Value, origin: Origin) -> Result<(), ConfigError> {
         (self.apply)(draft, value).map_err(|reason| self.invalid(value, origin, reason))
     }
 
     pub(super) fn invalid(&self, value: &Value, origin: Origin, reason: String) -> ConfigError {
         ConfigError::Invalid {
             key: self.key.to_owned(),
-            value: if self.on_command_line {
-                value.to_string()
-            } else {
-                "***".to_owned()
-            },
+            value: if self.on_command_line { value.to_string() } else { "***".to_owned() },
             origin,
             reason,
         }
@@ -78,15 +64,9 @@ pub(super) const SETTINGS: &[Setting] = &[
         help: "IP addresses to listen on, with commas between them. '::' takes IPv6 and, on most systems, IPv4 too",
         heading: "Listening",
         apply: |draft, value| {
-            let bind = value.list(
-                |item| item.parse().ok(),
-                "IP addresses, such as 127.0.0.1 or ::1",
-            )?;
+            let bind = value.list(|item| item.parse().ok(), "IP addresses, such as 127.0.0.1 or ::1")?;
             if bind.is_empty() {
-                return Err(
-                    "must name at least one IP address; 0.0.0.0 is all of IPv4, :: all of IPv6"
-                        .to_owned(),
-                );
+                return Err("must name at least one IP address; 0.0.0.0 is all of IPv4, :: all of IPv6".to_owned());
             }
             draft.config.bind = bind;
             Ok(())
@@ -110,12 +90,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "unlimited",
         help: "Most connections that may be open at a time",
         heading: "Listening",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.max_connections,
-                value.integer_or("unlimited", 1..=u32::MAX),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.max_connections, value.integer_or("unlimited", 1..=u32::MAX)),
     },
     Setting {
         key: "data_dir",
@@ -125,12 +100,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "./leveret-data",
         help: "Where messages and definitions are kept; made if it is missing. One broker per directory",
         heading: "Storage",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.data_dir,
-                value.text(4096).map(PathBuf::from),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.data_dir, value.text(4096).map(PathBuf::from)),
     },
     Setting {
         key: "store.durability",
@@ -154,12 +124,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "128MiB",
         help: "What messages may take in memory before the middle of long queues is kept on disk only",
         heading: "Storage",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.memory_budget_bytes,
-                value.size(MIB..=1024 * GIB),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.memory_budget_bytes, value.size(MIB..=1024 * GIB)),
     },
     Setting {
         key: "store.block_cache",
@@ -169,12 +134,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "16MiB",
         help: "Memory for blocks read back from disk",
         heading: "Storage",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.store.block_cache_bytes,
-                memory_size(value, 64 * GIB),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.store.block_cache_bytes, memory_size(value, 64 * GIB)),
     },
     Setting {
         key: "store.write_buffer",
@@ -184,12 +144,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "16MiB",
         help: "Memory for writes that are in the write-ahead log but not yet in a table file",
         heading: "Storage",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.store.write_buffer_bytes,
-                memory_size(value, GIB),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.store.write_buffer_bytes, memory_size(value, GIB)),
     },
     Setting {
         key: "amqp.heartbeat",
@@ -199,12 +154,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "60",
         help: "Heartbeat offered to clients; 0 offers none",
         heading: "Protocol limits",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.amqp.heartbeat_secs,
-                value.integer(0..=u16::MAX),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.amqp.heartbeat_secs, value.integer(0..=u16::MAX)),
     },
     Setting {
         key: "amqp.channel_max",
@@ -214,12 +164,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "2047",
         help: "Most channels per connection",
         heading: "Protocol limits",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.amqp.channel_max,
-                value.integer(1..=u16::MAX),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.amqp.channel_max, value.integer(1..=u16::MAX)),
     },
     Setting {
         key: "amqp.frame_max",
@@ -239,12 +184,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "8192",
         help: "Largest frame before a client has logged in; raise it for very long tokens",
         heading: "Protocol limits",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.amqp.initial_frame_max_bytes,
-                frame_size(value),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.amqp.initial_frame_max_bytes, frame_size(value)),
     },
     Setting {
         key: "amqp.handshake_timeout",
@@ -256,10 +196,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         heading: "Protocol limits",
         apply: |draft, value| {
             let range = Duration::from_millis(100)..=Duration::from_secs(3600);
-            set(
-                &mut draft.config.amqp.handshake_timeout,
-                value.duration(range),
-            )
+            set(&mut draft.config.amqp.handshake_timeout, value.duration(range))
         },
     },
     Setting {
@@ -271,10 +208,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         help: "Largest message body; larger ones close the channel with 406",
         heading: "Protocol limits",
         apply: |draft, value| {
-            set(
-                &mut draft.config.amqp.max_message_size_bytes,
-                value.size(1..=MAX_MESSAGE_SIZE_CAP_BYTES),
-            )
+            set(&mut draft.config.amqp.max_message_size_bytes, value.size(1..=MAX_MESSAGE_SIZE_CAP_BYTES))
         },
     },
     Setting {
@@ -288,9 +222,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         apply: |draft, value| {
             let vhosts = value.list(name, "names of 1 to 255 bytes")?;
             if vhosts.is_empty() || (1..vhosts.len()).any(|at| vhosts[..at].contains(&vhosts[at])) {
-                return Err(
-                    "must name at least one virtual host, and none of them twice".to_owned(),
-                );
+                return Err("must name at least one virtual host, and none of them twice".to_owned());
             }
             draft.config.vhosts = vhosts;
             Ok(())
@@ -304,12 +236,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "guest",
         help: "Users that may log in from this machine only, with commas between them; 'none' lifts the rule",
         heading: "Access",
-        apply: |draft, value| {
-            set(
-                &mut draft.config.loopback_users,
-                value.list(name, "user names of 1 to 255 bytes"),
-            )
-        },
+        apply: |draft, value| set(&mut draft.config.loopback_users, value.list(name, "user names of 1 to 255 bytes")),
     },
     Setting {
         key: "default_user",
@@ -349,12 +276,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         default: "(the node's name)",
         help: "The cluster_name that clients see among the server properties",
         heading: "Process",
-        apply: |draft, value| {
-            set(
-                &mut draft.cluster_name,
-                value.text(MAX_NAME_BYTES).map(Some),
-            )
-        },
+        apply: |draft, value| set(&mut draft.cluster_name, value.text(MAX_NAME_BYTES).map(Some)),
     },
     Setting {
         key: "worker_threads",
@@ -389,11 +311,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         help: "auto is pretty on a terminal and plain lines otherwise",
         heading: "Process",
         apply: |draft, value| {
-            let choices = [
-                ("auto", LogFormat::Auto),
-                ("pretty", LogFormat::Pretty),
-                ("json", LogFormat::Json),
-            ];
+            let choices = [("auto", LogFormat::Auto), ("pretty", LogFormat::Pretty), ("json", LogFormat::Json)];
             set(&mut draft.config.log.format, value.choice(&choices))
         },
     },
@@ -421,14 +339,10 @@ fn memory_size(value: &Value, most: u64) -> Parsed<usize> {
 }
 
 fn log_filter(value: &Value) -> Parsed<String> {
-    let allowed =
-        "must be error, warn, info, debug, trace, off, or a filter such as info,leveret::net=debug";
+    let allowed = "must be error, warn, info, debug, trace, off, or a filter such as info,leveret::net=debug";
     let text = value.text(1024).map_err(|_| allowed)?;
     // A filter takes any single word for a module's name; one that is not a level is a slip.
-    let slip = text
-        .parse::<tracing_subscriber::filter::LevelFilter>()
-        .is_err()
-        && !text.contains(['=', ',', ':', '[']);
+    let slip = text.parse::<tracing_subscriber::filter::LevelFilter>().is_err() && !text.contains(['=', ',', ':', '[']);
     match EnvFilter::try_new(&text) {
         Ok(_) if !slip => Ok(text),
         _ => Err(allowed.to_owned()),

@@ -19,17 +19,12 @@ fn load(args: &[&str], env: &[(&str, &str)], file: &str) -> Result<Config, Strin
         flags.config = Some(path.clone());
     }
     let env: HashMap<_, _> = env.iter().copied().collect();
-    Config::load_with(&flags, |name| env.get(name).map(OsString::from)).map_err(|error| {
-        error
-            .to_string()
-            .replace(&path.display().to_string(), "FILE")
-    })
+    Config::load_with(&flags, |name| env.get(name).map(OsString::from))
+        .map_err(|error| error.to_string().replace(&path.display().to_string(), "FILE"))
 }
 
 fn refusal(args: &[&str], env: &[(&str, &str)], file: &str) -> String {
-    load(args, env, file)
-        .map(|config| format!("accepted: {config:?}"))
-        .unwrap_err()
+    load(args, env, file).map(|config| format!("accepted: {config:?}")).unwrap_err()
 }
 
 #[test]
@@ -45,19 +40,10 @@ fn flag_beats_environment_beats_file_beats_default() {
 fn defaults_are_what_a_rabbitmq_user_expects() {
     let config = load(&[], &[], "").unwrap();
     assert_eq!(config.bind, ["0.0.0.0".parse::<IpAddr>().unwrap()]);
-    assert_eq!(
-        (
-            config.amqp.heartbeat_secs,
-            config.amqp.channel_max,
-            config.amqp.frame_max_bytes
-        ),
-        (60, 2047, 131_072)
-    );
+    assert_eq!((config.amqp.heartbeat_secs, config.amqp.channel_max, config.amqp.frame_max_bytes), (60, 2047, 131_072));
     assert_eq!(config.vhosts, ["/"]);
     assert_eq!(config.loopback_users, ["guest"]);
-    let [guest] = config.users.as_slice() else {
-        panic!("{:?}", config.users)
-    };
+    let [guest] = config.users.as_slice() else { panic!("{:?}", config.users) };
     assert!(guest.name == "guest" && guest.has_tag("administrator"));
     assert!(guest.password.as_ref().unwrap().matches(b"guest"));
     assert_eq!(*guest.permissions["/"], Permission::full());
@@ -67,28 +53,16 @@ fn defaults_are_what_a_rabbitmq_user_expects() {
 #[test]
 fn the_defaults_in_the_table_are_the_defaults_in_the_code() {
     let expected = format!("{:?}", Draft::default());
-    for setting in SETTINGS
-        .iter()
-        .filter(|setting| !setting.default.starts_with('('))
-    {
+    for setting in SETTINGS.iter().filter(|setting| !setting.default.starts_with('(')) {
         let mut draft = Draft::default();
-        setting
-            .set(
-                &mut draft,
-                &Value::One(setting.default.to_owned()),
-                Origin::Flag(setting.flag),
-            )
-            .unwrap();
+        setting.set(&mut draft, &Value::One(setting.default.to_owned()), Origin::Flag(setting.flag)).unwrap();
         assert_eq!(format!("{draft:?}"), expected, "{}", setting.key);
     }
 }
 
 #[test]
 fn every_setting_can_be_set_in_every_way_it_claims() {
-    for setting in SETTINGS
-        .iter()
-        .filter(|setting| !setting.default.starts_with('('))
-    {
+    for setting in SETTINGS.iter().filter(|setting| !setting.default.starts_with('(')) {
         let (key, value, env) = (setting.key, setting.default, setting.env());
         load(&[], &[(&env, value)], "").unwrap();
         load(&[], &[], &format!("{key} = \"{value}\"")).unwrap();
@@ -102,18 +76,11 @@ fn every_setting_can_be_set_in_every_way_it_claims() {
 fn the_documentation_names_every_key_flag_variable_and_default() {
     let page = include_str!("../../docs/configuration.md");
     for setting in SETTINGS {
-        let flag = if setting.on_command_line {
-            format!("`--{}`", setting.flag)
-        } else {
-            "none".to_owned()
-        };
+        let flag = if setting.on_command_line { format!("`--{}`", setting.flag) } else { "none".to_owned() };
         let default = setting.default.trim_matches(['(', ')']);
         let row = format!("| `{}` | {flag} | `{}` |", setting.key, setting.env());
         let line = page.lines().find(|line| line.starts_with(&row));
-        assert!(
-            line.is_some_and(|line| line.contains(default)),
-            "{row} with {default}"
-        );
+        assert!(line.is_some_and(|line| line.contains(default)), "{row} with {default}");
     }
 }
 
@@ -150,17 +117,10 @@ fn a_refused_value_is_named_with_key_origin_and_what_is_allowed() {
     );
     assert!(refusal(&["--max-message-size", "1GiB"], &[], "").contains("from 1 byte to 512 MiB"));
     assert!(refusal(&["--frame-max", "0"], &[], "").starts_with("amqp.frame_max = '0'"));
+    assert!(refusal(&["--log", "loud"], &[], "").starts_with("log.level = 'loud' (flag --log): must be error, warn"));
+    assert!(refusal(&["--port", "1", "--port", "2"], &[], "").starts_with("port = '1, 2' (flag --port)"));
     assert!(
-        refusal(&["--log", "loud"], &[], "")
-            .starts_with("log.level = 'loud' (flag --log): must be error, warn")
-    );
-    assert!(
-        refusal(&["--port", "1", "--port", "2"], &[], "")
-            .starts_with("port = '1, 2' (flag --port)")
-    );
-    assert!(
-        refusal(&[], &[], "port = { a = 1 }")
-            .starts_with("port = '{ a = 1 }' (file FILE): must be a single value")
+        refusal(&[], &[], "port = { a = 1 }").starts_with("port = '{ a = 1 }' (file FILE): must be a single value")
     );
 }
 
@@ -172,14 +132,8 @@ fn a_refused_secret_is_not_shown() {
 
 #[test]
 fn unknown_keys_are_refused_with_the_nearest_known_one() {
-    assert_eq!(
-        refusal(&[], &[], "prot = 1"),
-        "unknown key 'prot' in FILE; did you mean 'port'?"
-    );
-    assert_eq!(
-        refusal(&[], &[], "heartbeat = 1"),
-        "unknown key 'heartbeat' in FILE; did you mean 'amqp.heartbeat'?"
-    );
+    assert_eq!(refusal(&[], &[], "prot = 1"), "unknown key 'prot' in FILE; did you mean 'port'?");
+    assert_eq!(refusal(&[], &[], "heartbeat = 1"), "unknown key 'heartbeat' in FILE; did you mean 'amqp.heartbeat'?");
     assert_eq!(
         refusal(&[], &[], "[store]\ndurabilty = 'os'"),
         "unknown key 'store.durabilty' in FILE; did you mean 'store.durability'?"
@@ -200,10 +154,7 @@ fn a_file_that_cannot_be_read_or_parsed_says_where() {
     );
     assert!(refusal(&[], &[], "port = 1\nbind = [").starts_with("FILE, line 2, column "));
     let twice = refusal(&[], &[], "port = 1\nport = 2\n");
-    assert!(
-        twice.starts_with("FILE, line 2, column 1: ") && !twice.contains('\n'),
-        "{twice}"
-    );
+    assert!(twice.starts_with("FILE, line 2, column 1: ") && !twice.contains('\n'), "{twice}");
 }
 
 #[test]
@@ -213,23 +164,13 @@ fn the_environment_may_name_the_file_and_the_flag_beats_it() {
     std::fs::write(&path, "port = 7").unwrap();
     let config = load(&[], &[("LEVERET_CONFIG", path.to_str().unwrap())], "").unwrap();
     assert_eq!((config.port, config.config_file), (7, Some(path.clone())));
-    let config = load(
-        &[],
-        &[("LEVERET_CONFIG", path.to_str().unwrap())],
-        "port = 8",
-    )
-    .unwrap();
+    let config = load(&[], &[("LEVERET_CONFIG", path.to_str().unwrap())], "port = 8").unwrap();
     assert_eq!(config.port, 8);
 }
 
 #[test]
 fn empty_variables_and_service_links_are_ignored() {
-    let config = load(
-        &[],
-        &[("LEVERET_PORT", ""), ("LEVERET_CONFIG", "")],
-        "port = 3",
-    )
-    .unwrap();
+    let config = load(&[], &[("LEVERET_PORT", ""), ("LEVERET_CONFIG", "")], "port = 3").unwrap();
     assert_eq!(config.port, 3);
     let config = load(&[], &[("LEVERET_PORT", "tcp://10.96.0.1:5672")], "").unwrap();
     assert_eq!(config.port, 5672);
@@ -237,38 +178,12 @@ fn empty_variables_and_service_links_are_ignored() {
 
 #[test]
 fn lists_come_from_repeated_flags_commas_and_arrays() {
-    let two = [
-        "127.0.0.1".parse::<IpAddr>().unwrap(),
-        "::1".parse().unwrap(),
-    ];
-    assert_eq!(
-        load(&["--bind", "127.0.0.1", "--bind", "::1"], &[], "")
-            .unwrap()
-            .bind,
-        two
-    );
-    assert_eq!(
-        load(&[], &[("LEVERET_BIND", "127.0.0.1, ::1")], "")
-            .unwrap()
-            .bind,
-        two
-    );
-    assert_eq!(
-        load(&[], &[], "bind = ['127.0.0.1', '::1']").unwrap().bind,
-        two
-    );
-    assert!(
-        load(&["--loopback-users", "none"], &[], "")
-            .unwrap()
-            .loopback_users
-            .is_empty()
-    );
-    assert!(
-        load(&[], &[], "loopback_users = []")
-            .unwrap()
-            .loopback_users
-            .is_empty()
-    );
+    let two = ["127.0.0.1".parse::<IpAddr>().unwrap(), "::1".parse().unwrap()];
+    assert_eq!(load(&["--bind", "127.0.0.1", "--bind", "::1"], &[], "").unwrap().bind, two);
+    assert_eq!(load(&[], &[("LEVERET_BIND", "127.0.0.1, ::1")], "").unwrap().bind, two);
+    assert_eq!(load(&[], &[], "bind = ['127.0.0.1', '::1']").unwrap().bind, two);
+    assert!(load(&["--loopback-users", "none"], &[], "").unwrap().loopback_users.is_empty());
+    assert!(load(&[], &[], "loopback_users = []").unwrap().loopback_users.is_empty());
     assert!(refusal(&[], &[], "bind = []").contains("at least one IP address"));
     assert!(refusal(&["--vhosts", "a,a"], &[], "").contains("none of them twice"));
 }
@@ -276,25 +191,16 @@ fn lists_come_from_repeated_flags_commas_and_arrays() {
 #[test]
 fn frame_limits_must_fit_each_other() {
     assert_eq!(
-        refusal(
-            &["--frame-max", "8192", "--initial-frame-max", "16384"],
-            &[],
-            ""
-        ),
+        refusal(&["--frame-max", "8192", "--initial-frame-max", "16384"], &[], ""),
         "amqp.initial_frame_max = '16384': must not exceed amqp.frame_max (8192)"
     );
 }
 
 #[test]
 fn the_default_user_can_be_renamed_without_a_file() {
-    let env = [
-        ("LEVERET_DEFAULT_USER", "ops"),
-        ("LEVERET_DEFAULT_PASSWORD", "secret"),
-    ];
+    let env = [("LEVERET_DEFAULT_USER", "ops"), ("LEVERET_DEFAULT_PASSWORD", "secret")];
     let config = load(&["--vhosts", "/,test"], &env, "").unwrap();
-    let [ops] = config.users.as_slice() else {
-        panic!("{:?}", config.users)
-    };
+    let [ops] = config.users.as_slice() else { panic!("{:?}", config.users) };
     assert!(ops.name == "ops" && ops.password.as_ref().unwrap().matches(b"secret"));
     assert!(ops.permissions.contains_key("/") && ops.permissions.contains_key("test"));
 }
@@ -322,31 +228,18 @@ fn listed_users_replace_the_default_one() {
     "#,
     )
     .unwrap();
-    let [app, imported] = config.users.as_slice() else {
-        panic!("{:?}", config.users)
-    };
+    let [app, imported] = config.users.as_slice() else { panic!("{:?}", config.users) };
     assert!(app.password.as_ref().unwrap().matches(b"secret") && app.has_tag("monitoring"));
-    assert!(
-        app.permissions["shop"].write.matches("orders")
-            && !app.permissions["shop"].configure.matches("x")
-    );
-    assert!(
-        imported.password.as_ref().unwrap().matches(b"test12") && imported.permissions.is_empty()
-    );
+    assert!(app.permissions["shop"].write.matches("orders") && !app.permissions["shop"].configure.matches("x"));
+    assert!(imported.password.as_ref().unwrap().matches(b"test12") && imported.permissions.is_empty());
     assert!(!format!("{config:?}").contains("secret"));
 }
 
 #[test]
 fn a_user_that_cannot_be_made_is_named_with_the_reason() {
     let one = |rest: &str| refusal(&[], &[], &format!("[[users]]\nname = 'app'\n{rest}"));
-    assert_eq!(
-        one(""),
-        "users[0] = 'app' (file FILE): must have exactly one of password and password_hash"
-    );
-    assert_eq!(
-        one("password = ''"),
-        "users[0] = 'app' (file FILE): password must not be blank"
-    );
+    assert_eq!(one(""), "users[0] = 'app' (file FILE): must have exactly one of password and password_hash");
+    assert_eq!(one("password = ''"), "users[0] = 'app' (file FILE): password must not be blank");
     assert_eq!(
         one("password_hash = 'AAAA'"),
         "users[0] = 'app' (file FILE): password_hash: decodes to 3 bytes, but sha256 needs 36 (a salt of 4 and the digest)"
@@ -368,10 +261,7 @@ fn a_user_that_cannot_be_made_is_named_with_the_reason() {
     assert!(refusal(&[], &[], "[[users]]\npassword = 'x'").contains("missing field `name`"));
     assert!(refusal(&[], &[], "users = 'guest'").contains("must be a list of tables"));
     let twice = "[[users]]\nname = 'a'\npassword = 'x'\n".repeat(2);
-    assert!(
-        refusal(&[], &[], &twice)
-            .contains("users[1].name = 'a' (file FILE): must not be listed twice")
-    );
+    assert!(refusal(&[], &[], &twice).contains("users[1].name = 'a' (file FILE): must not be listed twice"));
 }
 
 #[test]

@@ -20,11 +20,7 @@ impl Value {
     /// `None` for what no setting takes: tables, and lists of anything but scalars.
     pub(super) fn from_toml(value: &toml::Value) -> Option<Self> {
         match value {
-            toml::Value::Array(items) => items
-                .iter()
-                .map(scalar)
-                .collect::<Option<_>>()
-                .map(Self::Many),
+            toml::Value::Array(items) => items.iter().map(scalar).collect::<Option<_>>().map(Self::Many),
             single => scalar(single).map(Self::One),
         }
     }
@@ -36,18 +32,12 @@ impl Value {
         }
     }
 
-    fn parse<T>(
-        &self,
-        parser: impl FnOnce(&str) -> Option<T>,
-        allowed: impl FnOnce() -> String,
-    ) -> Parsed<T> {
+    fn parse<T>(&self, parser: impl FnOnce(&str) -> Option<T>, allowed: impl FnOnce() -> String) -> Parsed<T> {
         self.one().and_then(parser).ok_or_else(allowed)
     }
 
     pub(super) fn text(&self, max_bytes: usize) -> Parsed<String> {
-        let valid = |text: &str| {
-            !text.is_empty() && text.len() <= max_bytes && !text.contains(char::is_control)
-        };
+        let valid = |text: &str| !text.is_empty() && text.len() <= max_bytes && !text.contains(char::is_control);
         self.parse(
             |text| valid(text).then(|| text.to_owned()),
             || format!("must be text of 1 to {max_bytes} bytes without control characters"),
@@ -60,13 +50,7 @@ impl Value {
     {
         self.parse(
             |text| text.parse().ok().filter(|number| range.contains(number)),
-            || {
-                format!(
-                    "must be a whole number from {} to {}",
-                    range.start(),
-                    range.end()
-                )
-            },
+            || format!("must be a whole number from {} to {}", range.start(), range.end()),
         )
     }
 
@@ -78,9 +62,7 @@ impl Value {
         if self.one() == Some(word) {
             return Ok(None);
         }
-        self.integer(range)
-            .map(Some)
-            .map_err(|allowed| format!("{allowed}, or {word}"))
+        self.integer(range).map(Some).map_err(|allowed| format!("{allowed}, or {word}"))
     }
 
     pub(super) fn size(&self, range: RangeInclusive<u64>) -> Parsed<u64> {
@@ -109,12 +91,7 @@ impl Value {
 
     pub(super) fn choice<T: Copy>(&self, choices: &[(&str, T)]) -> Parsed<T> {
         self.parse(
-            |text| {
-                choices
-                    .iter()
-                    .find(|(name, _)| *name == text)
-                    .map(|(_, choice)| *choice)
-            },
+            |text| choices.iter().find(|(name, _)| *name == text).map(|(_, choice)| *choice),
             || {
                 let names: Vec<_> = choices.iter().map(|(name, _)| *name).collect();
                 format!("must be one of {}", names.join(", "))
@@ -124,11 +101,7 @@ impl Value {
 
     /// A list: an array in a file; on the command line and in the environment commas between the items, and
     /// `none` for no items.
-    pub(super) fn list<T>(
-        &self,
-        item: impl Fn(&str) -> Option<T>,
-        allowed: &str,
-    ) -> Parsed<Vec<T>> {
+    pub(super) fn list<T>(&self, item: impl Fn(&str) -> Option<T>, allowed: &str) -> Parsed<Vec<T>> {
         let items: Vec<&str> = match self {
             Self::Many(items) => items.iter().map(String::as_str).collect(),
             Self::One(text) if matches!(text.trim(), "" | "none") => Vec::new(),
@@ -151,9 +124,7 @@ impl fmt::Display for Value {
 fn scalar(value: &toml::Value) -> Option<String> {
     match value {
         toml::Value::String(text) => Some(text.clone()),
-        toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => {
-            Some(value.to_string())
-        }
+        toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => Some(value.to_string()),
         _ => None,
     }
 }
@@ -188,22 +159,17 @@ fn parse_duration(text: &str) -> Option<Duration> {
 }
 
 fn split_unit(text: &str) -> (&str, &str) {
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
     (number, unit.trim_start())
 }
 
 fn show_size(bytes: u64) -> String {
     let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("kiB", 10)];
-    units
-        .into_iter()
-        .find(|(_, shift)| bytes >> shift > 0 && bytes.trailing_zeros() >= *shift)
-        .map_or_else(
-            || format!("{bytes} byte{}", if bytes == 1 { "" } else { "s" }),
-            |(unit, shift)| format!("{} {unit}", bytes >> shift),
-        )
+    units.into_iter().find(|(_, shift)| bytes >> shift > 0 && bytes.trailing_zeros() >= *shift).map_or_else(
+        || format!("{bytes} byte{}", if bytes == 1 { "" } else { "s" }),
+        |(unit, shift)| format!("{} {unit}", bytes >> shift),
+    )
 }
 
 #[cfg(test)]
@@ -244,10 +210,7 @@ mod tests {
 
     #[test]
     fn every_refusal_says_what_is_allowed() {
-        assert_eq!(
-            one("x").integer(0..=65_535_u16).unwrap_err(),
-            "must be a whole number from 0 to 65535"
-        );
+        assert_eq!(one("x").integer(0..=65_535_u16).unwrap_err(), "must be a whole number from 0 to 65535");
         assert_eq!(
             one("0").integer_or("unlimited", 1..=9_u32).unwrap_err(),
             "must be a whole number from 1 to 9, or unlimited"
@@ -256,10 +219,7 @@ mod tests {
             one("1").size((1 << 20)..=(1 << 40)).unwrap_err(),
             "must be a size from 1 MiB to 1 TiB, in bytes or with a unit (kiB, MiB, GiB; kB, MB, GB)"
         );
-        assert_eq!(
-            one("c").choice(&[("a", 1), ("b", 2)]).unwrap_err(),
-            "must be one of a, b"
-        );
+        assert_eq!(one("c").choice(&[("a", 1), ("b", 2)]).unwrap_err(), "must be one of a, b");
         assert!(Value::Many(vec!["1".to_owned()]).integer(0..=9_u8).is_err());
         assert!(one("a\nb").text(255).is_err() && one("").text(255).is_err());
     }

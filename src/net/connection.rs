@@ -255,7 +255,12 @@ struct Batch {
 }
 
 /// Reads what the socket has and feeds it to the session, with nothing of the buffer kept but an unfinished frame.
-fn poll_batch(reader: &mut OwnedReadHalf, cx: &mut Context<'_>, carry: &mut Vec<u8>, session: &mut Session) -> Poll<io::Result<Batch>> {
+fn poll_batch(
+    reader: &mut OwnedReadHalf,
+    cx: &mut Context<'_>,
+    carry: &mut Vec<u8>,
+    session: &mut Session,
+) -> Poll<io::Result<Batch>> {
     READ_BUFFER.with_borrow_mut(|buffer| {
         let kept = carry.len();
         let in_front = kept <= READ_BYTES / 4;

@@ -3,14 +3,20 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::{AtomicBool, Ordering}},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{net::TcpListener, task::JoinHandle};
 
-use super::{connection::{Shared, serve}, registry::Registry};
+use super::{
+    connection::{Shared, serve},
+    registry::Registry,
+};
 
 const BACKLOG: i32 = 4096;
 /// How long accepting pauses when the system has no file descriptor left.
@@ -83,7 +89,10 @@ async fn accept_loop(listener: TcpListener, shared: Arc<Shared>) {
 async fn wait_for_room(registry: &Registry, max_sockets: usize, paused: &AtomicBool) {
     while registry.sockets() >= max_sockets {
         if !paused.swap(true, Ordering::Relaxed) {
-            tracing::warn!(connections = registry.sockets(), "accepting connections is paused: the limit of open files (ulimit -n, LimitNOFILE=) or of connections is reached");
+            tracing::warn!(
+                connections = registry.sockets(),
+                "accepting connections is paused: the limit of open files (ulimit -n, LimitNOFILE=) or of connections is reached"
+            );
         }
         tokio::select! {
             () = registry.socket_closed() => {}

@@ -6,4 +6,9 @@ mod registry;
 mod timers;
 mod writer;
 
-pub use self::{connection::Shared, listener::{Listener, raise_file_limit}, registry::Registry, timers::keep_time};
+pub use self::{
+    connection::Shared,
+    listener::{Listener, raise_file_limit},
+    registry::Registry,
+    timers::keep_time,
+};

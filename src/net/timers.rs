@@ -1,6 +1,9 @@
 //! One task for everything that recurs: heartbeats of all connections, paging, alarms.
 
-use std::{sync::{Arc, atomic::Ordering}, time::{Duration, Instant}};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
 
 use super::registry::{Command, Handle, Registry};
 use crate::{broker::Broker, wire::encode::HEARTBEAT_FRAME};

@@ -84,7 +84,9 @@ impl Assembler {
     pub fn interrupted(&self) -> Fault {
         match self {
             Assembler::Method => fault_without_method("expected method frame, got non method frame instead"),
-            Assembler::Header(_) => fault(505, "expected content header for class 60, got non content header frame instead"),
+            Assembler::Header(_) => {
+                fault(505, "expected content header for class 60, got non content header frame instead")
+            }
             Assembler::Body(_) => fault(505, "expected content body, got non content body frame instead"),
         }
     }
@@ -191,11 +193,20 @@ mod tests {
         let mut assembler = Assembler::Method;
         assert_eq!(code(assembler.on_body(b"x").unwrap_err()).0, 505);
         let mut assembler = waiting();
-        assert_eq!(code(assembler.on_body(b"x").unwrap_err()).1, "UNEXPECTED_FRAME - expected content header for class 60, got non content header frame instead");
+        assert_eq!(
+            code(assembler.on_body(b"x").unwrap_err()).1,
+            "UNEXPECTED_FRAME - expected content header for class 60, got non content header frame instead"
+        );
         let mut assembler = waiting();
         assembler.on_header(&header(2), 1 << 20).unwrap();
-        assert_eq!(code(assembler.on_header(&header(2), 1 << 20).unwrap_err()).1, "UNEXPECTED_FRAME - expected content body, got non content body frame instead");
-        assert_eq!(code(assembler.on_body(b"xyz").unwrap_err()), (501, "FRAME_ERROR - content body frame exceeds remaining content size".into()));
+        assert_eq!(
+            code(assembler.on_header(&header(2), 1 << 20).unwrap_err()).1,
+            "UNEXPECTED_FRAME - expected content body, got non content body frame instead"
+        );
+        assert_eq!(
+            code(assembler.on_body(b"xyz").unwrap_err()),
+            (501, "FRAME_ERROR - content body frame exceeds remaining content size".into())
+        );
         let mut assembler = waiting();
         assert_eq!(code(assembler.on_header(&header(MAX_BODY_BYTES + 1), 1 << 20).unwrap_err()).0, 501);
         let mut assembler = waiting();

@@ -26,7 +26,9 @@ pub enum ChannelState {
 pub enum Mode {
     Plain,
     /// `confirm.select`: the number of the last publish.
-    Confirm { published: u64 },
+    Confirm {
+        published: u64,
+    },
     /// `tx.select`.
     Tx(Box<Transaction>),
 }
@@ -100,10 +102,10 @@ impl RouteCache {
             *self = RouteCache { epoch, ..RouteCache::default() };
             return None;
         }
-        if let Some((key, route)) = &self.last {
-            if **key == *names {
-                return Some(route.clone());
-            }
+        if let Some((key, route)) = &self.last
+            && **key == *names
+        {
+            return Some(route.clone());
         }
         let (key, route) = self.routes.get_key_value(names)?;
         let (key, route) = (key.clone(), route.clone());

@@ -35,7 +35,7 @@ impl<T> ChannelMap<T> {
     /// Adds or replaces.
     pub fn insert(&mut self, channel: u16, value: T) {
         match self.position(channel) {
-            Ok(at) => self.entries[at].1 = Box::new(value),
+            Ok(at) => *self.entries[at].1 = value,
             Err(at) => self.entries.insert(at, (channel, Box::new(value))),
         }
     }

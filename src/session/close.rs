@@ -118,10 +118,10 @@ impl Fault {
 
     /// Names the method that failed, unless the fault is one without a method.
     pub fn at(mut self, class_id: u16, method_id: u16) -> Self {
-        if let Fault::Channel(reason) | Fault::Connection(reason) = &mut self {
-            if reason.text != "INTERNAL_ERROR" {
-                (reason.class_id, reason.method_id) = (class_id, method_id);
-            }
+        if let Fault::Channel(reason) | Fault::Connection(reason) = &mut self
+            && reason.text != "INTERNAL_ERROR"
+        {
+            (reason.class_id, reason.method_id) = (class_id, method_id);
         }
         self
     }

@@ -77,7 +77,10 @@ impl ConfirmLedger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amq_protocol::{frame::{AMQPFrame, parse_frame}, protocol::{AMQPClass, basic::AMQPMethod}};
+    use amq_protocol::{
+        frame::{AMQPFrame, parse_frame},
+        protocol::{AMQPClass, basic::AMQPMethod},
+    };
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -89,10 +92,13 @@ mod tests {
             bytes = rest;
             let (tag, multiple, acked) = match frame {
                 AMQPFrame::Method(_, AMQPClass::Basic(AMQPMethod::Ack(ack))) => (ack.delivery_tag, ack.multiple, true),
-                AMQPFrame::Method(_, AMQPClass::Basic(AMQPMethod::Nack(nack))) => (nack.delivery_tag, nack.multiple, false),
+                AMQPFrame::Method(_, AMQPClass::Basic(AMQPMethod::Nack(nack))) => {
+                    (nack.delivery_tag, nack.multiple, false)
+                }
                 other => panic!("unexpected {other:?}"),
             };
-            let covered: Vec<u64> = outstanding.keys().copied().filter(|&seq| seq == tag || (multiple && seq < tag)).collect();
+            let covered: Vec<u64> =
+                outstanding.keys().copied().filter(|&seq| seq == tag || (multiple && seq < tag)).collect();
             assert!(!covered.is_empty(), "{tag} was answered before");
             for seq in covered {
                 outstanding.remove(&seq);

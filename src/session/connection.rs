@@ -20,8 +20,7 @@ use crate::{
     broker::{Broker, BrokerError, ConnectionId, Effects, Queue, Round, Settlement, Vhost},
     model::Name,
     wire::{
-        self, Frame, Scan,
-        frame,
+        self, Frame, Scan, frame,
         hot::{self, HeaderView},
         method::{self, MethodError},
     },
@@ -146,7 +145,13 @@ impl ConnectionContext {
 
 impl Session {
     /// A session whose client has sent the protocol header; `connection.start` is in the outbox.
-    pub fn new(broker: Arc<Broker>, auth: Arc<Authenticator>, limits: Arc<SessionLimits>, id: ConnectionId, peer: IpAddr) -> Self {
+    pub fn new(
+        broker: Arc<Broker>,
+        auth: Arc<Authenticator>,
+        limits: Arc<SessionLimits>,
+        id: ConnectionId,
+        peer: IpAddr,
+    ) -> Self {
         let outbox = Outbox::new(broker.clone());
         let session = Session {
             outbox,
@@ -338,7 +343,9 @@ impl Session {
                 if frame.kind == frame::METHOD && self.phase == Phase::Running {
                     let id = hot::method_id(frame.payload);
                     if id == Some(hot::BASIC_PUBLISH) {
-                        if let Some(run) = self.publish_run(frame.channel, input).map_err(|fault| (frame.channel, fault))? {
+                        if let Some(run) =
+                            self.publish_run(frame.channel, input).map_err(|fault| (frame.channel, fault))?
+                        {
                             *used = run;
                             return Ok(());
                         }
@@ -351,7 +358,9 @@ impl Session {
             }
             Scan::Partial(head) => {
                 let have = input.len() - frame::HEAD_BYTES;
-                let streamed = head.kind == frame::BODY && head.size as usize >= STREAMED_BODY_BYTES && have >= STREAMED_BODY_BYTES;
+                let streamed = head.kind == frame::BODY
+                    && head.size as usize >= STREAMED_BODY_BYTES
+                    && have >= STREAMED_BODY_BYTES;
                 if streamed && self.wants_body(head.channel) {
                     *used = frame::HEAD_BYTES;
                     self.partial = Some(PartialBody { channel: head.channel, remaining: head.size as usize });
@@ -427,10 +436,11 @@ impl Session {
     }
 
     fn on_method_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        if let Some(channel) = self.channels.get(frame.channel) {
-            if !channel.assembler.is_idle() && self.phase == Phase::Running {
-                return Err(channel.assembler.interrupted());
-            }
+        if let Some(channel) = self.channels.get(frame.channel)
+            && !channel.assembler.is_idle()
+            && self.phase == Phase::Running
+        {
+            return Err(channel.assembler.interrupted());
         }
         let class = match method::parse(frame.payload) {
             Ok(class) => class,
@@ -467,8 +477,12 @@ impl Session {
     fn on_header_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
         let max_body_bytes = self.limits.max_message_bytes;
         let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
-        let header = HeaderView::read(frame.payload)
-            .map_err(|_| Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe_frame(frame.kind, frame.payload)))))?;
+        let header = HeaderView::read(frame.payload).map_err(|_| {
+            Fault::Connection(CloseReason::new(
+                501,
+                &format!("{}: unknown_frame", describe_frame(frame.kind, frame.payload)),
+            ))
+        })?;
         match channel.assembler.on_header(&header, max_body_bytes)? {
             Some(message) => self.on_message(frame.channel, &message),
             None => Ok(()),

@@ -81,7 +81,9 @@ pub fn start(limits: &SessionLimits) -> AMQPClass {
 
 fn capability(client_properties: &FieldTable, name: &str) -> bool {
     match client_properties.inner().get("capabilities") {
-        Some(AMQPValue::FieldTable(capabilities)) => matches!(capabilities.inner().get(name), Some(AMQPValue::Boolean(true))),
+        Some(AMQPValue::FieldTable(capabilities)) => {
+            matches!(capabilities.inner().get(name), Some(AMQPValue::Boolean(true)))
+        }
         _ => false,
     }
 }
@@ -152,16 +154,24 @@ impl Session {
         let refuse = |text: String| Err(Fault::DropLater(text));
         let frame_max = tune_ok.frame_max;
         if frame_max != 0 && frame_max < FRAME_MAX_FLOOR {
-            return refuse(format!("negotiated frame_max = {frame_max} is lower than the minimum allowed value ({FRAME_MAX_FLOOR})"));
+            return refuse(format!(
+                "negotiated frame_max = {frame_max} is lower than the minimum allowed value ({FRAME_MAX_FLOOR})"
+            ));
         }
         if frame_max == 0 || frame_max > limits.frame_max {
             let shown = if frame_max == 0 { "0 (no limit)".to_owned() } else { frame_max.to_string() };
-            return refuse(format!("negotiated frame_max = {shown} is higher than the maximum allowed value ({})", limits.frame_max));
+            return refuse(format!(
+                "negotiated frame_max = {shown} is higher than the maximum allowed value ({})",
+                limits.frame_max
+            ));
         }
         let channel_max = tune_ok.channel_max;
         if channel_max == 0 || channel_max > limits.channel_max {
             let shown = if channel_max == 0 { "0 (no limit)".to_owned() } else { channel_max.to_string() };
-            return refuse(format!("negotiated channel_max = {shown} is higher than the maximum allowed value ({})", limits.channel_max));
+            return refuse(format!(
+                "negotiated channel_max = {shown} is higher than the maximum allowed value ({})",
+                limits.channel_max
+            ));
         }
         self.frame_max = frame_max;
         self.channel_max = channel_max;

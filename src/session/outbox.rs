@@ -4,7 +4,10 @@
 //! # Locks
 //! One mutex, after every queue's. Under it only leaf locks are taken (the store's list of waiters).
 
-use std::sync::{Arc, Weak, atomic::{AtomicBool, Ordering}};
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicBool, Ordering},
+};
 
 use ahash::AHashMap;
 use amq_protocol::protocol::{AMQPClass, basic};
@@ -19,7 +22,8 @@ use super::{
 };
 use crate::{
     broker::{
-        Address, Body, Broker, ConsumerId, Delivery, DeliveryWriter, Effects, Message, Offer, Port, Queue, Round, Settled, WatermarkListener,
+        Address, Body, Broker, ConsumerId, Delivery, DeliveryWriter, Effects, Message, Offer, Port, Queue, Round,
+        Settled, WatermarkListener,
     },
     model::Name,
     wire::{encode, frame::FRAME_END, method},
@@ -348,7 +352,11 @@ impl Outbox {
         let Some(out) = inner.channels.get_mut(channel) else { return };
         if !no_wait {
             let consumer_tag = short(tag);
-            method::write(&mut inner.out.bytes, channel, &AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(basic::ConsumeOk { consumer_tag })));
+            method::write(
+                &mut inner.out.bytes,
+                channel,
+                &AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(basic::ConsumeOk { consumer_tag })),
+            );
         }
         if let Some(Some(slot)) = out.slots.get_mut(slot as usize) {
             slot.consumer = consumer;
@@ -373,7 +381,12 @@ impl Outbox {
     pub fn begin_get(&self, channel: u16, queue: &Arc<Queue>, no_ack: bool) -> Option<u32> {
         let mut inner = self.inner.lock();
         let channel = inner.channels.get_mut(channel)?;
-        let same = |slot: &Slot| slot.cancelled && slot.consumer.is_none() && slot.no_ack == no_ack && slot.queue.as_ref().is_some_and(|of| Arc::ptr_eq(of, queue));
+        let same = |slot: &Slot| {
+            slot.cancelled
+                && slot.consumer.is_none()
+                && slot.no_ack == no_ack
+                && slot.queue.as_ref().is_some_and(|of| Arc::ptr_eq(of, queue))
+        };
         // Gets of one queue share the slot that their unacked deliveries keep.
         if let Some(index) = channel.slots.iter().rposition(|slot| slot.as_ref().is_some_and(same)) {
             return Some(index as u32);
@@ -535,7 +548,13 @@ impl Settler<'_> {
 }
 
 #[inline]
-fn note_settled(slots: &mut [Option<Slot>], free: &mut Vec<u32>, channel: u16, unacked: &Unacked, batch: &mut SettleBatch) {
+fn note_settled(
+    slots: &mut [Option<Slot>],
+    free: &mut Vec<u32>,
+    channel: u16,
+    unacked: &Unacked,
+    batch: &mut SettleBatch,
+) {
     let Some(entry) = slots.get_mut(unacked.slot as usize) else { return };
     let Some(slot) = entry.as_mut() else { return };
     slot.unacked = slot.unacked.saturating_sub(1);
@@ -586,7 +605,9 @@ impl ChannelOut {
 
     fn take_blocked(&mut self, unblocked: &mut Unblocked) {
         for index in std::mem::take(&mut self.blocked) {
-            if let Some(Some(Slot { queue: Some(queue), consumer: Some(consumer), .. })) = self.slots.get(index as usize) {
+            if let Some(Some(Slot { queue: Some(queue), consumer: Some(consumer), .. })) =
+                self.slots.get(index as usize)
+            {
                 unblocked.push((queue.clone(), *consumer));
             }
         }
@@ -598,7 +619,11 @@ impl ChannelOut {
         by_slot.resize_with(self.slots.len(), Vec::new);
         for unacked in self.unacked.drain() {
             if let Some(deliveries) = by_slot.get_mut(unacked.slot as usize) {
-                deliveries.push(Settled { seq: unacked.seq, body_bytes: unacked.body_bytes, persistent: unacked.persistent });
+                deliveries.push(Settled {
+                    seq: unacked.seq,
+                    body_bytes: unacked.body_bytes,
+                    persistent: unacked.persistent,
+                });
             }
         }
         for (slot, deliveries) in self.slots.into_iter().zip(by_slot) {
@@ -644,13 +669,22 @@ impl Inner {
         }
         let start = self.out.bytes.len();
         match (get_remaining, message.body) {
-            (None, Body::Inline(body)) if !body.is_empty() && body.len() <= encode::body_payload_max(self.frame_max) => {
+            (None, Body::Inline(body))
+                if !body.is_empty() && body.len() <= encode::body_payload_max(self.frame_max) =>
+            {
                 if self.template.fits(delivery) {
                     self.out.bytes.extend_from_slice(&self.template.bytes);
                     let tag_at = start + self.template.tag_at;
                     self.out.bytes[tag_at..tag_at + 8].copy_from_slice(&tag.to_be_bytes());
                 } else {
-                    encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names);
+                    encode::basic_deliver(
+                        &mut self.out.bytes,
+                        number,
+                        &slot.tag,
+                        tag,
+                        delivery.redelivered,
+                        message.names,
+                    );
                     encode::content_header(&mut self.out.bytes, number, body.len() as u64, message.properties);
                     self.out.bytes.extend_from_slice(&encode::body_head(number, body.len()));
                     self.template.remember(delivery, &self.out.bytes[start..], slot.tag.len());
@@ -659,7 +693,9 @@ impl Inner {
                 self.out.bytes.push(FRAME_END);
                 return Offer::Taken;
             }
-            (None, _) => encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names),
+            (None, _) => {
+                encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names)
+            }
             (Some(remaining), _) => {
                 let remaining = u32::try_from(remaining).unwrap_or(u32::MAX);
                 encode::basic_get_ok(&mut self.out.bytes, number, tag, delivery.redelivered, message.names, remaining);

@@ -15,9 +15,20 @@ use super::{
 };
 use crate::{
     auth::{Access, Resource},
-    broker::{BrokerError, Body, Effects, Message, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost, encode_names, router::TopologyError},
-    model::{arguments::{as_longstr, type_name}, erlang, properties::{self, Properties, plain_delivery_mode, raw_entries}},
-    wire::{self, Scan, encode, frame, hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names}, limits::check_table},
+    broker::{
+        Body, BrokerError, Effects, Message, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES,
+        Vhost, encode_names, router::TopologyError,
+    },
+    model::{
+        arguments::{as_longstr, type_name},
+        erlang,
+        properties::{self, Properties, plain_delivery_mode, raw_entries},
+    },
+    wire::{
+        self, Scan, encode, frame,
+        hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names},
+        limits::check_table,
+    },
 };
 
 /// Messages of one run: how long a queue's lock may be held.
@@ -84,8 +95,11 @@ impl Session {
             return Err(Fault::Connection(CloseReason::new(501, "Malformed UTF-8 in shortstr")));
         }
         if let Some(channel) = self.channels.get_mut(number) {
-            channel.assembler =
-                Assembler::Header(Publish { names: view.names.to_vec(), mandatory: view.mandatory, immediate: view.immediate });
+            channel.assembler = Assembler::Header(Publish {
+                names: view.names.to_vec(),
+                mandatory: view.mandatory,
+                immediate: view.immediate,
+            });
         }
         Ok(())
     }
@@ -115,7 +129,9 @@ impl Session {
         let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
         let cached = channel.routes.find(&message.publish.names, epoch);
         if cached.is_none() {
-            self.auth.check(&self.user_name, &vhost.name, Access::Write, Resource::Exchange, &exchange).map_err(|refusal| Fault::from(refusal).at(60, 40))?;
+            self.auth
+                .check(&self.user_name, &vhost.name, Access::Write, Resource::Exchange, &exchange)
+                .map_err(|refusal| Fault::from(refusal).at(60, 40))?;
             vhost.check_publish(&exchange).map_err(|error| Fault::from(error).at(60, 40))?;
         }
         let properties = Properties::parse(&message.properties).map_err(|_| Fault::internal())?;
@@ -132,7 +148,12 @@ impl Session {
             _ => Body::Shared(&message.body),
         };
         let message = &message.publish;
-        let outgoing = Message { names: &message.names, properties: properties.raw(), body, persistent: properties.is_persistent() };
+        let outgoing = Message {
+            names: &message.names,
+            properties: properties.raw(),
+            body,
+            persistent: properties.is_persistent(),
+        };
         if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
             return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
         }
@@ -161,7 +182,8 @@ impl Session {
         vhost.route(exchange, &keys, None, &mut found).map_err(|error: TopologyError| Fault::from(error).at(60, 40))?;
         let cacheable = found.cacheable && adjusted.extra_keys.is_empty();
         if !found.cacheable {
-            let headers = Properties::parse(message.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
+            let headers =
+                Properties::parse(message.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
             vhost.route(exchange, &keys, Some(&headers), &mut found).map_err(|error| Fault::from(error).at(60, 40))?;
         }
         let route: CachedRoute = Arc::new(found.queues.drain(..).collect());
@@ -228,7 +250,8 @@ impl Session {
                 adjusted.properties = Cow::Owned(changed);
             }
         }
-        let named = |name: &[u8]| view.raw_headers().is_some_and(|table| raw_entries(table).any(|entry| entry.key == name));
+        let named =
+            |name: &[u8]| view.raw_headers().is_some_and(|table| raw_entries(table).any(|entry| entry.key == name));
         let (cc, bcc) = (named(b"CC"), named(b"BCC"));
         if cc || bcc {
             let headers = view.headers().ok_or_else(Fault::internal)?;
@@ -241,7 +264,11 @@ impl Session {
         if let Some(user_id) = view.user_id() {
             let impersonates = self.user.as_ref().is_some_and(|user| user.may_impersonate());
             if user_id != self.user_name.as_bytes() && !impersonates {
-                let text = format!("user_id property set to '{}' but authenticated user was '{}'", erlang::text(user_id), self.user_name);
+                let text = format!(
+                    "user_id property set to '{}' but authenticated user was '{}'",
+                    erlang::text(user_id),
+                    self.user_name
+                );
                 return Err(fault(406, text));
             }
         }
@@ -262,14 +289,17 @@ fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>)
     }
     run.push(first.message);
     let (method, header) = (first.method, first.header);
-    let (properties, persistent, body_len) = (first.message.properties, first.message.persistent, first.message.body.len());
+    let (properties, persistent, body_len) =
+        (first.message.properties, first.message.persistent, first.message.body.len());
     let repeated = method.len() + header.len();
     let body_frame = if body_len == 0 { 0 } else { body_len + frame::OVERHEAD_BYTES };
     let body_head = encode::body_head(number, body_len);
     let mut at = first.len;
     while run.len() < RUN_MESSAGES {
         let rest = &input[at..];
-        let same = rest.len() >= repeated + body_frame && rest[..method.len()] == *method && rest[method.len()..repeated] == *header;
+        let same = rest.len() >= repeated + body_frame
+            && rest[..method.len()] == *method
+            && rest[method.len()..repeated] == *header;
         if same {
             let frame = &rest[repeated..repeated + body_frame];
             let body: &[u8] = match frame {
@@ -350,8 +380,16 @@ pub(super) struct StoreFailed;
 
 /// Hands messages to every queue of a route; answers the round that makes all of them durable.
 #[inline]
-pub(super) fn deliver(route: &CachedRoute, messages: &[Message<'_>], store_failed: bool, effects: &mut Effects) -> Result<Round, StoreFailed> {
-    if store_failed && messages.iter().any(|message| message.persistent) && route.iter().any(|queue| queue.options.durable) {
+pub(super) fn deliver(
+    route: &CachedRoute,
+    messages: &[Message<'_>],
+    store_failed: bool,
+    effects: &mut Effects,
+) -> Result<Round, StoreFailed> {
+    if store_failed
+        && messages.iter().any(|message| message.persistent)
+        && route.iter().any(|queue| queue.options.durable)
+    {
         return Err(StoreFailed);
     }
     Ok(route.iter().map(|queue| queue.publish(messages, effects)).max().unwrap_or(0))
@@ -374,7 +412,9 @@ fn sender_selected_keys(headers: &FieldTable) -> Result<Vec<Vec<u8>>, Fault> {
     for name in ["CC", "BCC"] {
         match properties::header(headers, name) {
             None => {}
-            Some(AMQPValue::FieldArray(array)) => keys.extend(array.as_slice().iter().filter_map(as_longstr).map(<[u8]>::to_vec)),
+            Some(AMQPValue::FieldArray(array)) => {
+                keys.extend(array.as_slice().iter().filter_map(as_longstr).map(<[u8]>::to_vec))
+            }
             Some(other) => {
                 let text = format!("invalid message: {{unacceptable_type_in_header,\"{name}\",{}}}", type_name(other));
                 return Err(fault(406, text));

@@ -9,7 +9,10 @@ use super::{
 };
 use crate::{
     broker::{Round, Settlement},
-    wire::{self, Scan, frame, hot::{SettleView, method_id}},
+    wire::{
+        self, Scan, frame,
+        hot::{SettleView, method_id},
+    },
 };
 
 /// Settling methods handled under one lock.

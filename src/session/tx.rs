@@ -38,7 +38,8 @@ impl TxPublish {
     }
 
     fn message(&self) -> Message<'_> {
-        let body = if self.body.len() < SHARED_BODY_BYTES { Body::Inline(&self.body) } else { Body::Shared(&self.body) };
+        let body =
+            if self.body.len() < SHARED_BODY_BYTES { Body::Inline(&self.body) } else { Body::Shared(&self.body) };
         Message { names: &self.names, properties: &self.properties, body, persistent: self.persistent }
     }
 }
@@ -102,7 +103,9 @@ impl Session {
     }
 
     fn commit(&mut self, number: u16, transaction: Transaction) -> Result<Answer, Fault> {
-        if let (Some(reason), true) = (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.persistent)) {
+        if let (Some(reason), true) =
+            (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.persistent))
+        {
             tracing::warn!(reason, "transaction refused");
             return Err(Fault::new(406, "partial tx completion"));
         }

@@ -15,7 +15,14 @@ pub struct Unacked {
 
 impl Unacked {
     pub fn new(tag: u64, seq: u64, slot: u32, body_bytes: usize, persistent: bool) -> Self {
-        Unacked { tag, seq, slot, body_bytes: u32::try_from(body_bytes).unwrap_or(u32::MAX), persistent, settled: false }
+        Unacked {
+            tag,
+            seq,
+            slot,
+            body_bytes: u32::try_from(body_bytes).unwrap_or(u32::MAX),
+            persistent,
+            settled: false,
+        }
     }
 }
 
@@ -52,7 +59,12 @@ impl UnackedRing {
     /// # Errors
     /// [`UnknownDeliveryTag`] if `tag` is not outstanding; the ring is then unchanged.
     #[inline]
-    pub fn settle(&mut self, tag: u64, multiple: bool, mut each: impl FnMut(Unacked)) -> Result<(), UnknownDeliveryTag> {
+    pub fn settle(
+        &mut self,
+        tag: u64,
+        multiple: bool,
+        mut each: impl FnMut(Unacked),
+    ) -> Result<(), UnknownDeliveryTag> {
         if multiple && tag == 0 {
             self.drain().for_each(each);
             return Ok(());

@@ -74,9 +74,8 @@ mod tests {
 
     #[test]
     fn keys_sort_by_queue_then_position_and_stay_within_their_queue() {
-        let keys: Vec<_> = [(1, 0), (1, 255), (1, 256), (2, 0), (256, 1)]
-            .map(|(id, seq)| numbered(QueueId(id), seq))
-            .into();
+        let keys: Vec<_> =
+            [(1, 0), (1, 255), (1, 256), (2, 0), (256, 1)].map(|(id, seq)| numbered(QueueId(id), seq)).into();
         assert!(keys.is_sorted());
         assert!(queue(QueueId(1)).as_slice() <= keys[0].as_slice());
         assert!(after_queue(QueueId(1)).as_slice() <= keys[3].as_slice());

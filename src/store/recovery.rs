@@ -10,8 +10,8 @@
 
 use rocksdb::{ErrorKind, IteratorMode, WriteBatch, WriteOptions};
 
-use super::round::Families;
 use super::rocks::Rocks;
+use super::round::Families;
 use super::run::{put_varint, take_varint};
 use super::{QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
 
@@ -65,7 +65,10 @@ fn read_number(rocks: &Rocks, name: &[u8]) -> Result<Option<u64>, StoreError> {
     })
 }
 
-fn read_definitions(rocks: &Rocks) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StoreError> {
+/// Keys and values.
+type Definitions = Vec<(Vec<u8>, Vec<u8>)>;
+
+fn read_definitions(rocks: &Rocks) -> Result<Definitions, StoreError> {
     rocks.with(|db| {
         let from = [key::DEFINITION_PREFIX];
         let mode = IteratorMode::From(&from, rocksdb::Direction::Forward);

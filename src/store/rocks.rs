@@ -73,13 +73,7 @@ impl Rocks {
         let db = DB::open_cf_descriptors(&base, &path, descriptors).map_err(failed)?;
         let pages_base = database_options(&buffers).map_err(failed)?;
         let pages = Pages::new(&path, pages_base, log_family(options, &cache));
-        Ok(Rocks {
-            path,
-            db: RwLock::new(Some(db)),
-            pages,
-            damaged: AtomicU64::new(0),
-            sync: options.sync,
-        })
+        Ok(Rocks { path, db: RwLock::new(Some(db)), pages, damaged: AtomicU64::new(0), sync: options.sync })
     }
 
     /// Runs `work` on the open database; it stays open for so long.
@@ -158,7 +152,11 @@ fn open_error(path: &Path, error: rocksdb::Error) -> StoreError {
     let reason = error.into_string();
     let locked = reason.contains("lock hold by current process")
         || (reason.contains("While lock file") && reason.contains("temporarily unavailable"));
-    if locked { StoreError::InUse { path: path.to_owned() } } else { StoreError::Open { path: path.to_owned(), reason } }
+    if locked {
+        StoreError::InUse { path: path.to_owned() }
+    } else {
+        StoreError::Open { path: path.to_owned(), reason }
+    }
 }
 
 fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, Options)> {

@@ -21,7 +21,14 @@ fn method_head(out: &mut Vec<u8>, channel: u16, arguments_len: usize, method: u1
 /// `basic.deliver`. `consumer_tag` is a short string with its length octet; `names` as in
 /// [`PublishView::names`](super::hot::PublishView::names).
 #[inline]
-pub fn basic_deliver(out: &mut Vec<u8>, channel: u16, consumer_tag: &[u8], delivery_tag: u64, redelivered: bool, names: &[u8]) {
+pub fn basic_deliver(
+    out: &mut Vec<u8>,
+    channel: u16,
+    consumer_tag: &[u8],
+    delivery_tag: u64,
+    redelivered: bool,
+    names: &[u8],
+) {
     method_head(out, channel, consumer_tag.len() + 9 + names.len(), 60);
     out.extend_from_slice(consumer_tag);
     out.extend_from_slice(&delivery_tag.to_be_bytes());
@@ -31,7 +38,14 @@ pub fn basic_deliver(out: &mut Vec<u8>, channel: u16, consumer_tag: &[u8], deliv
 }
 
 /// `basic.get-ok`; `message_count` is what stays ready in the queue.
-pub fn basic_get_ok(out: &mut Vec<u8>, channel: u16, delivery_tag: u64, redelivered: bool, names: &[u8], message_count: u32) {
+pub fn basic_get_ok(
+    out: &mut Vec<u8>,
+    channel: u16,
+    delivery_tag: u64,
+    redelivered: bool,
+    names: &[u8],
+    message_count: u32,
+) {
     method_head(out, channel, 13 + names.len(), 71);
     out.extend_from_slice(&delivery_tag.to_be_bytes());
     out.push(u8::from(redelivered));

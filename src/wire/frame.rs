@@ -78,16 +78,8 @@ pub fn scan(input: &[u8], max_payload_bytes: u32) -> Scan<'_> {
     let Some(&last) = input.get(end) else {
         return Scan::Partial(head);
     };
-    let frame = Frame {
-        kind: head.kind,
-        channel: head.channel,
-        payload: &input[HEAD_BYTES..end],
-    };
-    if last == FRAME_END {
-        Scan::Frame(frame)
-    } else {
-        Scan::BadEnd(frame, last)
-    }
+    let frame = Frame { kind: head.kind, channel: head.channel, payload: &input[HEAD_BYTES..end] };
+    if last == FRAME_END { Scan::Frame(frame) } else { Scan::BadEnd(frame, last) }
 }
 
 #[cfg(test)]

@@ -52,8 +52,7 @@ impl<'a> PublishView<'a> {
     #[inline]
     pub fn read(payload: &'a [u8]) -> Result<Self, Undecodable> {
         let arguments = payload.get(6..).ok_or(Undecodable)?; // class, method, ticket
-        let (rest, names) =
-            recognize((short_string, short_string)).parse(arguments).map_err(|_| Undecodable)?;
+        let (rest, names) = recognize((short_string, short_string)).parse(arguments).map_err(|_| Undecodable)?;
         let [bits] = rest else { return Err(Undecodable) };
         Ok(PublishView { names, mandatory: bits & 1 != 0, immediate: bits & 2 != 0 })
     }
@@ -76,7 +75,8 @@ impl SettleView {
         if !matches!(id, BASIC_ACK | BASIC_NACK | BASIC_REJECT) {
             return None;
         }
-        let (Some(tag), [bits], 13) = (payload[4..].first_chunk::<8>(), &payload[12.min(payload.len())..], payload.len())
+        let (Some(tag), [bits], 13) =
+            (payload[4..].first_chunk::<8>(), &payload[12.min(payload.len())..], payload.len())
         else {
             return Some(Err(Undecodable));
         };

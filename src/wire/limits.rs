@@ -167,7 +167,8 @@ mod tests {
         leaf.prop_recursive(4, 24, 4, |inner| {
             prop_oneof![
                 proptest::collection::vec(inner.clone(), 0..4).prop_map(|items| AMQPValue::FieldArray(items.into())),
-                proptest::collection::btree_map("[a-z]{1,8}", inner, 0..4).prop_map(|map| AMQPValue::FieldTable(table(map))),
+                proptest::collection::btree_map("[a-z]{1,8}", inner, 0..4)
+                    .prop_map(|map| AMQPValue::FieldTable(table(map))),
             ]
         })
     }

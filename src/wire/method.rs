@@ -53,7 +53,7 @@ pub fn parse(payload: &[u8]) -> Result<AMQPClass, MethodError> {
         TableError::Malformed | TableError::TooDeep => MethodError::Table(error),
     })?;
     match parse_class(payload) {
-        Ok((rest, class)) if rest.is_empty() => Ok(class),
+        Ok(([], class)) => Ok(class),
         Ok(_) => Err(MethodError::Undecodable),
         Err(_) if first_short_strings_are_text(id, payload) => Err(MethodError::Undecodable),
         Err(_) => Err(MethodError::NotUtf8),

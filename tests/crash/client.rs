@@ -108,7 +108,15 @@ fn method_bytes(out: &mut Vec<u8>, channel: u16, class: &AMQPClass) {
 }
 
 /// The frames of a `basic.publish` with its content.
-pub fn publish_frames(out: &mut Vec<u8>, channel: u16, exchange: &str, key: &str, mandatory: bool, properties: &BasicProperties, body: &[u8]) {
+pub fn publish_frames(
+    out: &mut Vec<u8>,
+    channel: u16,
+    exchange: &str,
+    key: &str,
+    mandatory: bool,
+    properties: &BasicProperties,
+    body: &[u8],
+) {
     let publish = basic::Publish { exchange: exchange.into(), routing_key: key.into(), mandatory, immediate: false };
     method_bytes(out, channel, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
     let mut header = vec![0, 60, 0, 0];
@@ -123,15 +131,19 @@ impl Client {
     pub fn connect(address: SocketAddr) -> Answer<Client> {
         let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
         stream.set_nodelay(true)?;
-        let mut client = Client { stream, input: Vec::new(), at: 0, pending: None, backlog: VecDeque::new(), out: Vec::new() };
+        let mut client =
+            Client { stream, input: Vec::new(), at: 0, pending: None, backlog: VecDeque::new(), out: Vec::new() };
         client.stream.write_all(b"AMQP\x00\x00\x09\x01")?;
         client.expect(0, (10, 10), "connection.start")?;
-        client.send(0, AMQPClass::Connection(connection::AMQPMethod::StartOk(connection::StartOk {
-            client_properties: FieldTable::default(),
-            mechanism: "PLAIN".into(),
-            response: "\0guest\0guest".into(),
-            locale: "en_US".into(),
-        })))?;
+        client.send(
+            0,
+            AMQPClass::Connection(connection::AMQPMethod::StartOk(connection::StartOk {
+                client_properties: FieldTable::default(),
+                mechanism: "PLAIN".into(),
+                response: "\0guest\0guest".into(),
+                locale: "en_US".into(),
+            })),
+        )?;
         client.expect(0, (10, 30), "connection.tune")?;
         let tune_ok = connection::TuneOk { channel_max: 100, frame_max: FRAME_MAX as u32, heartbeat: 0 };
         client.send(0, AMQPClass::Connection(connection::AMQPMethod::TuneOk(tune_ok)))?;
@@ -147,7 +159,8 @@ impl Client {
     }
 
     pub fn open_channel(&mut self, channel: u16) -> Answer<()> {
-        self.call(channel, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})), (20, 11), "channel.open-ok").map(drop)
+        self.call(channel, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})), (20, 11), "channel.open-ok")
+            .map(drop)
     }
 
     /// Queues bytes for [`Client::flush`].
@@ -172,7 +185,13 @@ impl Client {
     }
 
     /// Sends a method and waits for the answer with these ids.
-    pub fn call(&mut self, channel: u16, class: AMQPClass, answer: (u16, u16), what: &'static str) -> Answer<AMQPClass> {
+    pub fn call(
+        &mut self,
+        channel: u16,
+        class: AMQPClass,
+        answer: (u16, u16),
+        what: &'static str,
+    ) -> Answer<AMQPClass> {
         self.send(channel, class)?;
         self.expect(channel, answer, what)
     }
@@ -183,7 +202,11 @@ impl Client {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.receive_new(left)? {
                 None => return Err(ClientError::Hanging(what)),
-                Some(Incoming::Method(at, class)) if at == channel && (class.get_amqp_class_id(), class.get_amqp_method_id()) == answer => return Ok(class),
+                Some(Incoming::Method(at, class))
+                    if at == channel && (class.get_amqp_class_id(), class.get_amqp_method_id()) == answer =>
+                {
+                    return Ok(class);
+                }
                 Some(other) => self.backlog.push_back(other),
             }
         }
@@ -230,7 +253,11 @@ impl Client {
         match read {
             Ok(0) => Err(ClientError::Gone(ErrorKind::UnexpectedEof.into())),
             Ok(_) => Ok(true),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => Ok(false),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) =>
+            {
+                Ok(false)
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -290,12 +317,24 @@ impl Client {
     }
 
     fn complete(&mut self) -> Option<Incoming> {
-        let Pending { channel, method, properties, body, .. } = self.pending.take_if(|pending| pending.body.len() >= pending.size)?;
+        let Pending { channel, method, properties, body, .. } =
+            self.pending.take_if(|pending| pending.body.len() >= pending.size)?;
         let properties = properties.expect("a header came first");
-        let delivery = |tag, redelivered, remaining| Delivery { channel, tag, redelivered, remaining, properties: properties.clone(), body };
+        let delivery = |tag, redelivered, remaining| Delivery {
+            channel,
+            tag,
+            redelivered,
+            remaining,
+            properties: properties.clone(),
+            body,
+        };
         Some(match method {
-            basic::AMQPMethod::Deliver(deliver) => Incoming::Delivery(delivery(deliver.delivery_tag, deliver.redelivered, None)),
-            basic::AMQPMethod::GetOk(got) => Incoming::Delivery(delivery(got.delivery_tag, got.redelivered, Some(got.message_count))),
+            basic::AMQPMethod::Deliver(deliver) => {
+                Incoming::Delivery(delivery(deliver.delivery_tag, deliver.redelivered, None))
+            }
+            basic::AMQPMethod::GetOk(got) => {
+                Incoming::Delivery(delivery(got.delivery_tag, got.redelivered, Some(got.message_count)))
+            }
             _ => Incoming::Returned(properties.message_id().as_ref().map_or(String::new(), |id| id.to_string())),
         })
     }
@@ -320,7 +359,13 @@ impl Client {
     }
 
     pub fn recover(&mut self) -> Answer<()> {
-        self.call(1, AMQPClass::Basic(basic::AMQPMethod::Recover(basic::Recover { requeue: true })), (60, 111), "basic.recover-ok").map(drop)
+        self.call(
+            1,
+            AMQPClass::Basic(basic::AMQPMethod::Recover(basic::Recover { requeue: true })),
+            (60, 111),
+            "basic.recover-ok",
+        )
+        .map(drop)
     }
 
     /// Declares a queue; answers its message count.
@@ -346,29 +391,48 @@ impl Client {
     }
 
     pub fn declare_exchange(&mut self, name: &str, kind: &str, passive: bool) -> Answer<()> {
-        let declare = exchange::Declare { exchange: name.into(), kind: kind.into(), durable: true, passive, ..exchange::Declare::default() };
-        self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)), (40, 11), "exchange.declare-ok").map(drop)
+        let declare = exchange::Declare {
+            exchange: name.into(),
+            kind: kind.into(),
+            durable: true,
+            passive,
+            ..exchange::Declare::default()
+        };
+        self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)), (40, 11), "exchange.declare-ok")
+            .map(drop)
     }
 
     pub fn delete_exchange(&mut self, name: &str) -> Answer<()> {
         let delete = exchange::Delete { exchange: name.into(), ..exchange::Delete::default() };
-        self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Delete(delete)), (40, 21), "exchange.delete-ok").map(drop)
+        self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Delete(delete)), (40, 21), "exchange.delete-ok")
+            .map(drop)
     }
 
     pub fn bind(&mut self, queue: &str, exchange: &str, key: &str) -> Answer<()> {
-        let bind = queue::Bind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), ..queue::Bind::default() };
+        let bind = queue::Bind {
+            queue: queue.into(),
+            exchange: exchange.into(),
+            routing_key: key.into(),
+            ..queue::Bind::default()
+        };
         self.call(1, AMQPClass::Queue(queue::AMQPMethod::Bind(bind)), (50, 21), "queue.bind-ok").map(drop)
     }
 
     pub fn unbind(&mut self, queue: &str, exchange: &str, key: &str) -> Answer<()> {
-        let unbind = queue::Unbind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), arguments: FieldTable::default() };
+        let unbind = queue::Unbind {
+            queue: queue.into(),
+            exchange: exchange.into(),
+            routing_key: key.into(),
+            arguments: FieldTable::default(),
+        };
         self.call(1, AMQPClass::Queue(queue::AMQPMethod::Unbind(unbind)), (50, 51), "queue.unbind-ok").map(drop)
     }
 
     pub fn consume(&mut self, queue: &str, no_ack: bool, prefetch: u16) -> Answer<()> {
         let qos = basic::Qos { prefetch_count: prefetch, global: false };
         self.call(1, AMQPClass::Basic(basic::AMQPMethod::Qos(qos)), (60, 11), "basic.qos-ok")?;
-        let consume = basic::Consume { queue: queue.into(), consumer_tag: "c".into(), no_ack, ..basic::Consume::default() };
+        let consume =
+            basic::Consume { queue: queue.into(), consumer_tag: "c".into(), no_ack, ..basic::Consume::default() };
         self.call(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)), (60, 21), "basic.consume-ok").map(drop)
     }
 
@@ -396,13 +460,21 @@ impl Client {
     }
 
     pub fn queue_requeue(&mut self, tag: u64) {
-        self.queue_method(1, AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack { delivery_tag: tag, multiple: false, requeue: true })));
+        self.queue_method(
+            1,
+            AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack {
+                delivery_tag: tag,
+                multiple: false,
+                requeue: true,
+            })),
+        );
     }
 
     /// Says goodbye and waits for the answer, so that everything sent before was handled.
     pub fn close(mut self) -> Answer<()> {
         let close = connection::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 };
-        self.call(0, AMQPClass::Connection(connection::AMQPMethod::Close(close)), (10, 51), "connection.close-ok").map(drop)
+        self.call(0, AMQPClass::Connection(connection::AMQPMethod::Close(close)), (10, 51), "connection.close-ok")
+            .map(drop)
     }
 }
 

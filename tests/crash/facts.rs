@@ -33,7 +33,9 @@ pub fn properties(id: Id, len: usize, persistent: bool) -> BasicProperties {
 /// The id and length a message carries; a body that is not the one published is an error.
 pub fn read(delivery: &Delivery) -> Result<(Id, usize), String> {
     let text = delivery.message_id();
-    let parsed = text.split_once('.').and_then(|(id, len)| Some((Id::from_str_radix(id, 16).ok()?, usize::from_str_radix(len, 16).ok()?)));
+    let parsed = text
+        .split_once('.')
+        .and_then(|(id, len)| Some((Id::from_str_radix(id, 16).ok()?, usize::from_str_radix(len, 16).ok()?)));
     let Some((id, len)) = parsed else { return Err(format!("message id '{text}'")) };
     match delivery.body == body(id, len) {
         true => Ok((id, len)),
@@ -169,10 +171,14 @@ pub fn check_queue(name: &str, base: &[Id], facts: &QueueFacts, found: &[Id], er
         ids.sort_unstable();
         format!("{} ({})", ids.len(), ids.iter().take(8).map(|id| format!("{id:x}")).collect::<Vec<_>>().join(" "))
     };
-    let strangers: Vec<Id> = found_set.iter().copied().filter(|id| !base_set.contains(id) && !facts.sent.contains(id)).collect();
+    let strangers: Vec<Id> =
+        found_set.iter().copied().filter(|id| !base_set.contains(id) && !facts.sent.contains(id)).collect();
     if !strangers.is_empty() {
         let transient = strangers.iter().filter(|id| facts.transient.contains(id)).count();
-        complain(format!("holds messages that should not be there: {}, of them {transient} transient", some(strangers)));
+        complain(format!(
+            "holds messages that should not be there: {}, of them {transient} transient",
+            some(strangers)
+        ));
     }
     let back: Vec<Id> = found_set.intersection(&facts.acked_for_good).copied().collect();
     if !back.is_empty() {
@@ -185,7 +191,8 @@ pub fn check_queue(name: &str, base: &[Id], facts: &QueueFacts, found: &[Id], er
     } else if facts.auto_acked {
         // What one consumer took without acks is a prefix of the queue.
         let first: HashMap<u64, Id> = found.iter().rev().map(|&id| (publisher(id), id)).collect();
-        let after: Vec<Id> = lost.into_iter().filter(|&id| first.get(&publisher(id)).is_some_and(|&first| id > first)).collect();
+        let after: Vec<Id> =
+            lost.into_iter().filter(|&id| first.get(&publisher(id)).is_some_and(|&first| id > first)).collect();
         if !after.is_empty() {
             complain(format!("confirmed messages are LOST behind ones that are there: {}", some(after)));
         }
@@ -204,9 +211,14 @@ pub fn check_queue(name: &str, base: &[Id], facts: &QueueFacts, found: &[Id], er
 }
 
 /// A transaction is there as a whole, or not at all.
-pub fn check_transaction(transaction: &Transaction, found: &HashMap<&'static str, HashSet<Id>>, errors: &mut Vec<String>) {
+pub fn check_transaction(
+    transaction: &Transaction,
+    found: &HashMap<&'static str, HashSet<Id>>,
+    errors: &mut Vec<String>,
+) {
     let there = |(queue, id): &(&'static str, Id)| found[queue].contains(id);
-    let done = transaction.published.iter().filter(|of| there(of)).count() + transaction.acked.iter().filter(|of| !there(of)).count();
+    let done = transaction.published.iter().filter(|of| there(of)).count()
+        + transaction.acked.iter().filter(|of| !there(of)).count();
     let all = transaction.published.len() + transaction.acked.len();
     let right = match transaction.outcome {
         Outcome::Open => done == 0,
@@ -214,6 +226,9 @@ pub fn check_transaction(transaction: &Transaction, found: &HashMap<&'static str
         Outcome::Committed => done == all,
     };
     if !right {
-        errors.push(format!("{done} of {all} steps of a transaction are there, which was {:?}: {transaction:x?}", transaction.outcome));
+        errors.push(format!(
+            "{done} of {all} steps of a transaction are there, which was {:?}: {transaction:x?}",
+            transaction.outcome
+        ));
     }
 }

@@ -69,7 +69,11 @@ impl Publishing {
                 let persistent = self.transient_one_in == 0 || !rng.one_in(self.transient_one_in);
                 for &queue in self.queues {
                     let facts = facts.queue(queue);
-                    if persistent { facts.sent.insert(id) } else { facts.transient.insert(id) };
+                    if persistent {
+                        facts.sent.insert(id)
+                    } else {
+                        facts.transient.insert(id)
+                    };
                 }
                 open.push_back((count, id, persistent));
                 let properties = facts::properties(id, len, persistent);
@@ -146,7 +150,13 @@ pub fn consume(address: SocketAddr, queue: &'static str, style: Style, results: 
     })
 }
 
-fn consume_acked(address: SocketAddr, queue: &'static str, style: Style, facts: &mut Facts, rng: &mut Rng) -> Answer<()> {
+fn consume_acked(
+    address: SocketAddr,
+    queue: &'static str,
+    style: Style,
+    facts: &mut Facts,
+    rng: &mut Rng,
+) -> Answer<()> {
     loop {
         let mut client = Client::connect(address)?;
         client.consume(queue, false, 100)?;
@@ -163,7 +173,9 @@ fn consume_acked(address: SocketAddr, queue: &'static str, style: Style, facts: 
             }
             if style == Style::InOrder {
                 // A few stay open, and are settled with the next batch.
-                let Some(&(tag, _)) = unacked.get(unacked.len().saturating_sub(1 + rng.range(0..4) as usize)) else { continue };
+                let Some(&(tag, _)) = unacked.get(unacked.len().saturating_sub(1 + rng.range(0..4) as usize)) else {
+                    continue;
+                };
                 let done = unacked.iter().take_while(|(open, _)| *open <= tag).count();
                 facts.queue(queue).acked.extend(unacked.drain(..done).map(|(_, id)| id));
                 client.queue_ack(tag, true);
@@ -264,7 +276,15 @@ fn pipeline(address: SocketAddr, queue: &'static str, publisher: u64, facts: &mu
             let (id, len) = (publisher << 32 | count, rng.range(0..200) as usize);
             facts.queue(OUT).sent.insert(id);
             acks_before.insert(count, done);
-            publish_frames(client.buffer(), 1, "", OUT, false, &facts::properties(id, len, true), &facts::body(id, len));
+            publish_frames(
+                client.buffer(),
+                1,
+                "",
+                OUT,
+                false,
+                &facts::properties(id, len, true),
+                &facts::body(id, len),
+            );
         }
         client.flush()?;
     }
@@ -283,7 +303,15 @@ pub fn publish_in_transactions(address: SocketAddr, publisher: u64, max: u64, mu
                     count += 1;
                     let (id, len) = (publisher << 32 | count, size(&mut rng, false).min(20_000));
                     published.push((queue, id));
-                    publish_frames(client.buffer(), 1, "", queue, false, &facts::properties(id, len, true), &facts::body(id, len));
+                    publish_frames(
+                        client.buffer(),
+                        1,
+                        "",
+                        queue,
+                        false,
+                        &facts::properties(id, len, true),
+                        &facts::body(id, len),
+                    );
                 }
             }
             let rolled_back = rng.one_in(6);
@@ -358,12 +386,22 @@ pub fn publish_and_purge(address: SocketAddr, publisher: u64, base: Vec<Id>, mut
                 let (id, len) = (publisher << 32 | count, size(&mut rng, true));
                 facts.queue(QUEUE).sent.insert(id);
                 there.push(id);
-                publish_frames(client.buffer(), 1, "", QUEUE, false, &facts::properties(id, len, true), &facts::body(id, len));
+                publish_frames(
+                    client.buffer(),
+                    1,
+                    "",
+                    QUEUE,
+                    false,
+                    &facts::properties(id, len, true),
+                    &facts::body(id, len),
+                );
             }
             client.flush()?;
             let wait_for_confirms = rng.one_in(2);
             while wait_for_confirms && confirmed < count {
-                if let Some(Incoming::Method(_, AMQPClass::Basic(B::Ack(ack)))) = client.receive(Duration::from_secs(1))? {
+                if let Some(Incoming::Method(_, AMQPClass::Basic(B::Ack(ack)))) =
+                    client.receive(Duration::from_secs(1))?
+                {
                     while confirmed < ack.delivery_tag {
                         confirmed += 1;
                         facts.queue(QUEUE).confirmed.insert(publisher << 32 | confirmed);
@@ -392,7 +430,12 @@ pub fn define(address: SocketAddr, round: usize, mut definitions: HashMap<String
     })
 }
 
-fn define_until_the_end(address: SocketAddr, round: usize, definitions: &mut HashMap<String, Definition>, rng: &mut Rng) -> Answer<()> {
+fn define_until_the_end(
+    address: SocketAddr,
+    round: usize,
+    definitions: &mut HashMap<String, Definition>,
+    rng: &mut Rng,
+) -> Answer<()> {
     let mut client = Client::connect(address)?;
     client.confirm_select()?;
     let mut count = 0;
@@ -443,9 +486,20 @@ fn define_until_the_end(address: SocketAddr, round: usize, definitions: &mut Has
                 }
                 _ if definition.binding == Presence::Present => {
                     definition.messages.1 += 1;
-                    publish_frames(client.buffer(), 1, &name, "key", false, &facts::properties(0, 10, true), &facts::body(0, 10));
+                    publish_frames(
+                        client.buffer(),
+                        1,
+                        &name,
+                        "key",
+                        false,
+                        &facts::properties(0, 10, true),
+                        &facts::body(0, 10),
+                    );
                     client.flush()?;
-                    while !matches!(client.receive(Duration::from_secs(1))?, Some(Incoming::Method(_, AMQPClass::Basic(B::Ack(_))))) {}
+                    while !matches!(
+                        client.receive(Duration::from_secs(1))?,
+                        Some(Incoming::Method(_, AMQPClass::Basic(B::Ack(_))))
+                    ) {}
                     definition.messages.0 += 1;
                 }
                 _ => {}

@@ -4,9 +4,9 @@ use amq_protocol::protocol::{AMQPClass, BasicProperties, basic, confirm};
 use lapin::{Confirmation, options::BasicPublishOptions};
 
 use crate::support::{
-    LIMIT, Peer, TestBroker, declare_durable, eventually, persistent,
+    LIMIT, Peer, TestBroker, declare_durable, eventually,
     peer::{durable, transient},
-    publish_confirmed, within,
+    persistent, publish_confirmed, within,
 };
 
 async fn confirming(broker: &TestBroker) -> Peer {
@@ -161,7 +161,10 @@ async fn a_return_precedes_the_confirm_of_its_message() {
     let properties = BasicProperties::default().with_message_id("m".into());
     peer.publish_mandatory(1, "amq.direct", "nowhere", &properties, "body").await;
     let (code, text, message) = peer.returned(1).await;
-    assert_eq!((code, text.as_str(), message.exchange.as_str(), message.key.as_str()), (312, "NO_ROUTE", "amq.direct", "nowhere"));
+    assert_eq!(
+        (code, text.as_str(), message.exchange.as_str(), message.key.as_str()),
+        (312, "NO_ROUTE", "amq.direct", "nowhere")
+    );
     assert_eq!((message.text(), &message.properties), ("body", &properties));
     assert_eq!(peer.confirm(1).await, (1, false, true));
     broker.stop().await;
@@ -227,7 +230,8 @@ async fn consumed_before_its_round_a_message_is_confirmed_all_the_same() {
     let (mut delivered, mut confirmed) = (0, 0);
     while delivered < 200 || confirmed < 200 {
         let frame = tokio::time::timeout(LIMIT, peer.frame()).await.expect("stalled");
-        let ack = (frame.kind == 1 && frame.channel == 1).then(|| amq_protocol::protocol::parse_class(frame.payload.as_slice()).unwrap().1);
+        let ack = (frame.kind == 1 && frame.channel == 1)
+            .then(|| amq_protocol::protocol::parse_class(frame.payload.as_slice()).unwrap().1);
         match ack {
             Some(AMQPClass::Basic(basic::AMQPMethod::Ack(ack))) => confirmed = ack.delivery_tag,
             Some(other) => panic!("{other:?}"),

@@ -44,7 +44,8 @@ async fn the_stock_client_consumes_and_acks() {
         publish_confirmed(&client, "q", &[number]).await;
     }
     client.basic_qos(10, Default::default()).await.unwrap();
-    let mut consumer = client.basic_consume("q".into(), "c".into(), Default::default(), FieldTable::default()).await.unwrap();
+    let mut consumer =
+        client.basic_consume("q".into(), "c".into(), Default::default(), FieldTable::default()).await.unwrap();
     for number in 0..50u8 {
         let delivery = within("delivery", consumer.next()).await.unwrap().unwrap();
         assert_eq!(delivery.data, [number]);
@@ -175,7 +176,8 @@ async fn a_priority_that_is_no_integer_is_refused() {
     let mut peer = with_messages(&broker, 0).await;
     let arguments = table([("x-priority", text("high"))]);
     peer.send(1, AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume { arguments, ..consume("c") }))).await;
-    let text = "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 'q' in vhost '/': \"expected integer, got longstr\"";
+    let text =
+        "PRECONDITION_FAILED - invalid arg 'x-priority' for queue 'q' in vhost '/': \"expected integer, got longstr\"";
     peer.expect_channel_error(1, 406, text).await;
     broker.stop().await;
 }
@@ -193,7 +195,8 @@ async fn an_exclusive_consumer_is_alone() {
     assert_eq!(peer.get(1, "q", true).await, None, "a get beside it is allowed");
     peer.cancel(2, "only").await;
     peer.consume_as(1, consume("other")).await;
-    peer.send(2, AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume { exclusive: true, ..consume("late") }))).await;
+    peer.send(2, AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume { exclusive: true, ..consume("late") })))
+        .await;
     peer.expect_channel_error(2, 403, "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use").await;
     broker.stop().await;
 }
@@ -269,7 +272,9 @@ async fn a_deleted_queue_cancels_its_consumers() {
     let delivery = consumer.delivery(1).await;
     delete(&mut peer, "q").await;
     match consumer.method(1).await {
-        AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel)) => assert_eq!((cancel.consumer_tag.as_str(), cancel.nowait), ("c", true)),
+        AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel)) => {
+            assert_eq!((cancel.consumer_tag.as_str(), cancel.nowait), ("c", true))
+        }
         other => panic!("{other:?}"),
     }
     // What it holds of the deleted queue may still be acked, and the tag is free again.

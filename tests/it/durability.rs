@@ -57,7 +57,10 @@ async fn properties_survive_a_restart() {
     let mut broker = TestBroker::start().await;
     let properties = persistent()
         .with_content_type("text/plain".into())
-        .with_headers(table([("n", AMQPValue::LongLongInt(-7)), ("t", AMQPValue::FieldTable(table([("deep", text("er"))])))]))
+        .with_headers(table([
+            ("n", AMQPValue::LongLongInt(-7)),
+            ("t", AMQPValue::FieldTable(table([("deep", text("er"))]))),
+        ]))
         .with_priority(3)
         .with_correlation_id("c".into())
         .with_reply_to("r".into())
@@ -85,7 +88,8 @@ async fn definitions_survive_a_restart() {
     let mut broker = TestBroker::start().await;
     let mut peer = broker.peer().await;
     for (name, kind) in [("d", "direct"), ("f", "fanout"), ("t", "topic"), ("h", "headers")] {
-        let declare = exchange::Declare { exchange: name.into(), kind: kind.into(), durable: true, ..Default::default() };
+        let declare =
+            exchange::Declare { exchange: name.into(), kind: kind.into(), durable: true, ..Default::default() };
         peer.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare))).await;
     }
     peer.declare(1, durable("q")).await;
@@ -93,7 +97,12 @@ async fn definitions_survive_a_restart() {
     peer.bind(1, "q", "f", "", Default::default()).await;
     peer.bind(1, "q", "t", "*.x.#", Default::default()).await;
     peer.bind(1, "q", "h", "", table([("x-match", text("any")), ("a", AMQPValue::LongInt(1))])).await;
-    let bind = exchange::Bind { destination: "f".into(), source: "d".into(), routing_key: "through".into(), ..Default::default() };
+    let bind = exchange::Bind {
+        destination: "f".into(),
+        source: "d".into(),
+        routing_key: "through".into(),
+        ..Default::default()
+    };
     peer.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Bind(bind))).await;
     broker.restart().await;
     let mut peer = broker.peer().await;
@@ -101,12 +110,20 @@ async fn definitions_survive_a_restart() {
     peer.publish_to(1, "d", "key", &plain, "d").await;
     peer.publish_to(1, "f", "any", &plain, "f").await;
     peer.publish_to(1, "t", "a.x.b.c", &plain, "t").await;
-    peer.publish_to(1, "h", "", &lapin::BasicProperties::default().with_headers(table([("a", AMQPValue::LongLongInt(1))])), "h").await;
+    peer.publish_to(
+        1,
+        "h",
+        "",
+        &lapin::BasicProperties::default().with_headers(table([("a", AMQPValue::LongLongInt(1))])),
+        "h",
+    )
+    .await;
     peer.publish_to(1, "d", "through", &plain, "e2e").await;
     peer.publish_to(1, "d", "other", &plain, "no").await;
     assert_eq!(texts(&drain(&broker).await), ["d", "f", "t", "h", "e2e"]);
     // The declarations are still the same, so another is equivalent, and a different one is not.
-    let declare = exchange::Declare { exchange: "d".into(), kind: "direct".into(), durable: true, ..Default::default() };
+    let declare =
+        exchange::Declare { exchange: "d".into(), kind: "direct".into(), durable: true, ..Default::default() };
     peer.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare))).await;
     peer.send(1, AMQPClass::Queue(queue::AMQPMethod::Declare(transient("q")))).await;
     let text = "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'q' in vhost '/': received 'false' but current is 'true'";
@@ -270,7 +287,9 @@ async fn a_purge_survives_a_restart() {
     let (mut broker, mut peer) = filled(50).await;
     peer.get(1, "q", false).await.unwrap();
     let purge = queue::Purge { queue: "q".into(), nowait: false };
-    let AMQPClass::Queue(queue::AMQPMethod::PurgeOk(ok)) = peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Purge(purge))).await else {
+    let AMQPClass::Queue(queue::AMQPMethod::PurgeOk(ok)) =
+        peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Purge(purge))).await
+    else {
         panic!("no purge-ok")
     };
     assert_eq!(ok.message_count, 49);
@@ -286,7 +305,9 @@ async fn a_purge_survives_a_restart() {
 async fn a_deletion_survives_a_restart_and_the_name_starts_afresh() {
     let (mut broker, mut peer) = filled(20).await;
     let delete = queue::Delete { queue: "q".into(), ..Default::default() };
-    let AMQPClass::Queue(queue::AMQPMethod::DeleteOk(ok)) = peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Delete(delete))).await else {
+    let AMQPClass::Queue(queue::AMQPMethod::DeleteOk(ok)) =
+        peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Delete(delete))).await
+    else {
         panic!("no delete-ok")
     };
     assert_eq!(ok.message_count, 20);
@@ -308,8 +329,14 @@ async fn an_unbind_and_an_exchange_deletion_survive_a_restart() {
     declare_durable(&client, "q").await;
     let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
     for exchange in ["one", "two"] {
-        client.exchange_declare(exchange.into(), lapin::ExchangeKind::Fanout, options, FieldTable::default()).await.unwrap();
-        client.queue_bind("q".into(), exchange.into(), "".into(), Default::default(), FieldTable::default()).await.unwrap();
+        client
+            .exchange_declare(exchange.into(), lapin::ExchangeKind::Fanout, options, FieldTable::default())
+            .await
+            .unwrap();
+        client
+            .queue_bind("q".into(), exchange.into(), "".into(), Default::default(), FieldTable::default())
+            .await
+            .unwrap();
     }
     client.queue_unbind("q".into(), "one".into(), "".into(), FieldTable::default()).await.unwrap();
     client.exchange_delete("two".into(), Default::default()).await.unwrap();
@@ -422,7 +449,11 @@ async fn a_requeued_message_survives_in_its_old_place() {
 #[tokio::test]
 async fn a_consumer_that_takes_without_acks_leaves_nothing_for_a_restart() {
     let (mut broker, mut peer) = filled(100).await;
-    peer.consume_as(1, basic::Consume { queue: "q".into(), consumer_tag: "c".into(), no_ack: true, ..Default::default() }).await;
+    peer.consume_as(
+        1,
+        basic::Consume { queue: "q".into(), consumer_tag: "c".into(), no_ack: true, ..Default::default() },
+    )
+    .await;
     for _ in 0..100 {
         peer.delivery(1).await;
     }

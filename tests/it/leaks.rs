@@ -90,7 +90,15 @@ async fn a_connection_lost_with_many_channels_and_consumers_frees_them_all() {
     let mut lost = broker.peer().await;
     for number in 2..30 {
         lost.open_channel(number).await;
-        lost.send(number, AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume { queue: "q".into(), nowait: true, ..Default::default() }))).await;
+        lost.send(
+            number,
+            AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume {
+                queue: "q".into(),
+                nowait: true,
+                ..Default::default()
+            })),
+        )
+        .await;
     }
     eventually("all are delivered", async || (broker.counts("q").unacked == 50).then_some(())).await;
     drop(lost);

@@ -14,7 +14,10 @@ async fn delivered(broker: &TestBroker, count: u64) -> Peer {
     peer.consume(1, "q", false).await;
     for number in 0..count {
         let delivery = peer.delivery(1).await;
-        assert_eq!((delivery.tag, delivery.redelivered, delivery.text()), (number + 1, false, number.to_string().as_str()));
+        assert_eq!(
+            (delivery.tag, delivery.redelivered, delivery.text()),
+            (number + 1, false, number.to_string().as_str())
+        );
     }
     peer
 }

@@ -31,7 +31,14 @@ pub struct Consumer {
 
 impl Consumer {
     /// A consumer without deliveries.
-    pub fn new(port: Arc<dyn Port>, address: Address, no_ack: bool, exclusive: bool, priority: i64, prefetch: u16) -> Self {
+    pub fn new(
+        port: Arc<dyn Port>,
+        address: Address,
+        no_ack: bool,
+        exclusive: bool,
+        priority: i64,
+        prefetch: u16,
+    ) -> Self {
         Consumer {
             port,
             address,

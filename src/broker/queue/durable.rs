@@ -4,7 +4,11 @@ use std::sync::Arc;
 
 use parking_lot::MutexGuard;
 
-use super::{Queue, chunk::{CHUNK_BYTES, Chunk}, state::QueueState};
+use super::{
+    Queue,
+    chunk::{CHUNK_BYTES, Chunk},
+    state::QueueState,
+};
 use crate::{
     broker::port::Effects,
     store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
@@ -101,7 +105,9 @@ impl Queue {
 
     fn read_chunk(&self, seq: u64, until: u64) -> Option<Chunk> {
         let mut chunk = Chunk::new(seq, CHUNK_BYTES, self.budget.clone());
-        let read = self.store.read_records(self.id, seq, until, CHUNK_BYTES, &mut |at, record| chunk.append_record(at, record));
+        let read = self
+            .store
+            .read_records(self.id, seq, until, CHUNK_BYTES, &mut |at, record| chunk.append_record(at, record));
         match read {
             Ok(end) => {
                 chunk.cover(if end > seq { end } else { until });
@@ -148,7 +154,9 @@ impl RoundSource for Queue {
         if self.options.durable && state.unwritten_durable > 0 {
             state.in_store = true;
             let id = self.id;
-            state.log.for_each_durable(state.written_to, &mut state.scratch, &mut |seq, record| round.append(id, seq, record));
+            state.log.for_each_durable(state.written_to, &mut state.scratch, &mut |seq, record| {
+                round.append(id, seq, record)
+            });
             state.unwritten_durable = 0;
         }
         state.written_to = state.log.tail();

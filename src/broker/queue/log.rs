@@ -44,7 +44,13 @@ impl QueueLog {
     }
 
     /// A log as the store has it: nothing is in memory, and what was handed out and not consumed is ready again.
-    pub fn recovered(budget: Arc<MemoryBudget>, head: u64, delivered: u64, tail: u64, consumed_ranges: &[(u64, u64)]) -> Self {
+    pub fn recovered(
+        budget: Arc<MemoryBudget>,
+        head: u64,
+        delivered: u64,
+        tail: u64,
+        consumed_ranges: &[(u64, u64)],
+    ) -> Self {
         let next = delivered.clamp(head, tail.max(head));
         let mut log = QueueLog {
             chunks: VecDeque::new(),
@@ -186,10 +192,10 @@ impl QueueLog {
 
     #[inline]
     fn advance_head(&mut self) {
-        if !self.consumed.is_empty() {
-            if let Some(end) = self.consumed.take_range_at(self.head) {
-                self.head = end;
-            }
+        if !self.consumed.is_empty()
+            && let Some(end) = self.consumed.take_range_at(self.head)
+        {
+            self.head = end;
         }
     }
 
@@ -233,24 +239,31 @@ impl QueueLog {
         }
     }
 
-    fn each_live(&self, chunk: &Chunk, from: u64, scratch: &mut Vec<u8>, persistent: bool, each: &mut dyn FnMut(u64, &[u8])) {
+    fn each_live(
+        &self,
+        chunk: &Chunk,
+        from: u64,
+        scratch: &mut Vec<u8>,
+        persistent: bool,
+        each: &mut dyn FnMut(u64, &[u8]),
+    ) {
         let mut at = from.max(chunk.first()).max(self.head);
         while at < chunk.end() {
-            if !self.consumed.is_empty() {
-                if let Some((_, end)) = self.consumed.range_of(at) {
-                    at = end;
-                    continue;
-                }
+            if !self.consumed.is_empty()
+                && let Some((_, end)) = self.consumed.range_of(at)
+            {
+                at = end;
+                continue;
             }
-            if let Some((bytes, shared)) = chunk.record(at) {
-                if record::head(bytes).is_some_and(|head| head.persistent == persistent) {
-                    match shared {
-                        Some(body) => {
-                            record::whole(bytes, body, scratch);
-                            each(at, scratch);
-                        }
-                        None => each(at, bytes),
+            if let Some((bytes, shared)) = chunk.record(at)
+                && record::head(bytes).is_some_and(|head| head.persistent == persistent)
+            {
+                match shared {
+                    Some(body) => {
+                        record::whole(bytes, body, scratch);
+                        each(at, scratch);
                     }
+                    None => each(at, bytes),
                 }
             }
             at += 1;
@@ -267,7 +280,13 @@ impl QueueLog {
     }
 
     /// Hands the transient records of evictable chunks to `each`, so that [`QueueLog::evict`] may drop the chunks.
-    pub fn page_out(&mut self, committed_to: u64, limit_bytes: usize, scratch: &mut Vec<u8>, each: &mut dyn FnMut(u64, &[u8])) {
+    pub fn page_out(
+        &mut self,
+        committed_to: u64,
+        limit_bytes: usize,
+        scratch: &mut Vec<u8>,
+        each: &mut dyn FnMut(u64, &[u8]),
+    ) {
         let mut bytes = 0;
         for index in self.evictable(committed_to).rev() {
             let chunk = &self.chunks[index];

@@ -98,7 +98,13 @@ impl Queue {
     }
 
     /// A durable queue as the store has it. Its consumed set is read when the queue is first used.
-    pub fn recovered(options: QueueOptions, id: QueueId, store: Arc<Store>, budget: Arc<MemoryBudget>, record: QueueStateRecord) -> Arc<Self> {
+    pub fn recovered(
+        options: QueueOptions,
+        id: QueueId,
+        store: Arc<Store>,
+        budget: Arc<MemoryBudget>,
+        record: QueueStateRecord,
+    ) -> Arc<Self> {
         let state = QueueState::recovered(budget.clone(), record);
         Arc::new(Queue { options, id, store, budget, state: Mutex::new(state) })
     }
@@ -176,7 +182,13 @@ impl Queue {
     }
 
     /// Applies settlements of deliveries that `consumer` (`None` for `basic.get`) had, then hands out what that freed.
-    pub fn settle(self: &Arc<Self>, consumer: Option<ConsumerId>, deliveries: &[Settled], how: Settlement, effects: &mut Effects) {
+    pub fn settle(
+        self: &Arc<Self>,
+        consumer: Option<ConsumerId>,
+        deliveries: &[Settled],
+        how: Settlement,
+        effects: &mut Effects,
+    ) {
         let mut state = self.open();
         if state.deleted {
             return;
@@ -200,7 +212,10 @@ impl Queue {
         }
         let ring = &mut state.consumers;
         if ring.has_exclusive() || (consumer.exclusive && !ring.is_empty()) {
-            return Err(BrokerError::QueueInExclusiveUse { queue: self.options.name.clone(), vhost: self.options.vhost.clone() });
+            return Err(BrokerError::QueueInExclusiveUse {
+                queue: self.options.name.clone(),
+                vhost: self.options.vhost.clone(),
+            });
         }
         state.had_consumer = true;
         Ok(state.consumers.add(consumer))
@@ -257,7 +272,10 @@ impl Queue {
     ///
     /// # Errors
     /// What `check` says; the queue is then unchanged.
-    pub fn delete(&self, check: impl FnOnce(&Counts) -> Result<(), BrokerError>) -> Result<Option<(Vec<Consumer>, u64)>, BrokerError> {
+    pub fn delete(
+        &self,
+        check: impl FnOnce(&Counts) -> Result<(), BrokerError>,
+    ) -> Result<Option<(Vec<Consumer>, u64)>, BrokerError> {
         let mut state = self.state.lock();
         if state.deleted {
             return Ok(None);

@@ -31,7 +31,7 @@ pub struct RecordHead {
 #[inline]
 pub fn encode(out: &mut Vec<u8>, message: &Message<'_>, now_unix_ms: u64) {
     let shared = matches!(message.body, Body::Shared(_));
-    let flags = u8::from(message.persistent) * PERSISTENT | u8::from(shared) * SHARED;
+    let flags = (u8::from(message.persistent) * PERSISTENT) | (u8::from(shared) * SHARED);
     let mut head = [0; HEAD_BYTES];
     head[0..4].copy_from_slice(&((message.properties.len() as u32) << 8 | u32::from(flags)).to_le_bytes());
     head[4..8].copy_from_slice(&(message.body.len() as u32).to_le_bytes());

@@ -144,7 +144,13 @@ impl QueueState {
     }
 
     #[inline]
-    pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize, durable_queue: bool) {
+    pub(super) fn append(
+        &mut self,
+        message: &Message<'_>,
+        now_unix_ms: u64,
+        expected_bytes: usize,
+        durable_queue: bool,
+    ) {
         let body_bytes = message.body.len() as u64;
         // A persistent message in a transient queue is as transient as the queue.
         let message = Message { persistent: message.persistent && durable_queue, ..*message };
@@ -166,7 +172,8 @@ impl QueueState {
     /// Whether messages arrive faster than the present consumers take them.
     #[inline]
     pub(super) fn is_congested(&self) -> bool {
-        !self.consumers.is_empty() && (self.counts.ready > CONGESTED_MESSAGES || self.counts.ready_bytes > CONGESTED_BYTES)
+        !self.consumers.is_empty()
+            && (self.counts.ready > CONGESTED_MESSAGES || self.counts.ready_bytes > CONGESTED_BYTES)
     }
 
     /// What is next, with the counts corrected for records that turn out to be gone.
@@ -304,7 +311,8 @@ impl QueueState {
             self.unwritten_durable = self.unwritten_durable.saturating_sub(handed.durable - handed.written);
             if handed.written > 0 {
                 self.consumption_unwritten = true;
-                self.dirty_segments.insert_range(handed.first_written / SEGMENT_RECORDS, handed.last_written / SEGMENT_RECORDS + 1);
+                self.dirty_segments
+                    .insert_range(handed.first_written / SEGMENT_RECORDS, handed.last_written / SEGMENT_RECORDS + 1);
             }
         } else {
             self.counts.unacked += handed.messages as u64;

@@ -10,8 +10,11 @@ use amq_protocol::{
 use super::{generated_name, unless};
 use crate::{
     auth::{Access, Resource},
-    broker::{Address, Consumer, Queue, arguments::QueueType, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement},
-    model::{Name, arguments::{as_integer, lookup, type_name}},
+    broker::{Address, Consumer, Queue, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement, arguments::QueueType},
+    model::{
+        Name,
+        arguments::{as_integer, lookup, type_name},
+    },
     session::{
         channel::ReplyConsumer,
         close::Fault,
@@ -75,22 +78,28 @@ impl Session {
         self.check(Access::Read, Resource::Queue, &name)?;
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
         if ReplyRegistry::is_reply_name(name.as_bytes()) {
-            return Err(Fault::new(406, format!("only creator channel may consume from queue '{name}' in vhost '{}'", vhost.name)));
+            return Err(Fault::new(
+                406,
+                format!("only creator channel may consume from queue '{name}' in vhost '{}'", vhost.name),
+            ));
         }
         let queue = vhost.queue_for(&name, self.id)?;
         check_consumer_arguments(&queue, &consume.arguments)?;
         let priority = consumer_priority(&queue, &consume.arguments)?;
         let Some(port) = self.outbox.port() else { return Ok(Answer::None) };
-        let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else { return Ok(Answer::None) };
+        let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else {
+            return Ok(Answer::None);
+        };
         let prefetch = self.channels.get(number).map_or(0, |channel| channel.prefetch);
         let to = Address { channel: number, slot };
-        let consumer = match queue.consume(Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch)) {
-            Ok(consumer) => consumer,
-            Err(error) => {
-                self.outbox.remove_consumer(number, &tag);
-                return Err(error.into());
-            }
-        };
+        let consumer =
+            match queue.consume(Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch)) {
+                Ok(consumer) => consumer,
+                Err(error) => {
+                    self.outbox.remove_consumer(number, &tag);
+                    return Err(error.into());
+                }
+            };
         // `consume-ok` goes into the outbox before any delivery can.
         self.outbox.start_consumer(number, slot, Some(consumer), &tag, consume.nowait);
         queue.unblock(consumer, &mut self.effects);
@@ -118,10 +127,10 @@ impl Session {
 
     fn cancel(&mut self, number: u16, cancel: &basic::Cancel) -> Result<Answer, Fault> {
         let tag = cancel.consumer_tag.as_str();
-        if let Some(channel) = self.channels.get_mut(number) {
-            if let Some(reply) = channel.reply.take_if(|reply| &*reply.tag == tag) {
-                self.broker.replies.remove(reply.id);
-            }
+        if let Some(channel) = self.channels.get_mut(number)
+            && let Some(reply) = channel.reply.take_if(|reply| &*reply.tag == tag)
+        {
+            self.broker.replies.remove(reply.id);
         }
         if let Some((Some(queue), Some(consumer))) = self.outbox.remove_consumer(number, tag) {
             queue.cancel(consumer, &mut self.effects);
@@ -135,8 +144,13 @@ impl Session {
         let name = self.queue_name(number, queue)?;
         self.check(Access::Read, Resource::Queue, &name)?;
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
-        if ReplyRegistry::is_reply_name(name.as_bytes()) && self.broker.replies.find(name.as_bytes()) != ReplyTarget::Malformed {
-            return Err(Fault::new(540, format!("basic.get not supported by volatile queue '{name}' in vhost '{}'", vhost.name)));
+        if ReplyRegistry::is_reply_name(name.as_bytes())
+            && self.broker.replies.find(name.as_bytes()) != ReplyTarget::Malformed
+        {
+            return Err(Fault::new(
+                540,
+                format!("basic.get not supported by volatile queue '{name}' in vhost '{}'", vhost.name),
+            ));
         }
         let queue = vhost.queue_for(&name, self.id)?;
         if !self.hand_out(number, &queue, no_ack) {
@@ -147,7 +161,9 @@ impl Session {
 
     /// Answers a `basic.get` from the head of the queue, if there is one.
     fn hand_out(&mut self, number: u16, queue: &Arc<Queue>, no_ack: bool) -> bool {
-        let (Some(port), Some(slot)) = (self.outbox.port(), self.outbox.begin_get(number, queue, no_ack)) else { return false };
+        let (Some(port), Some(slot)) = (self.outbox.port(), self.outbox.begin_get(number, queue, no_ack)) else {
+            return false;
+        };
         let handed = queue.get(&port, Address { channel: number, slot }, no_ack, &mut self.effects);
         self.outbox.end_get(number, slot);
         handed
@@ -170,7 +186,10 @@ fn check_consumer_arguments(queue: &Queue, arguments: &FieldTable) -> Result<(),
     let timeout = (queue_type == QueueType::Classic).then_some("x-consumer-timeout");
     let Some(key) = STREAM.into_iter().chain(timeout).find(|key| arguments.contains_key(key)) else { return Ok(()) };
     let (name, vhost) = (&queue.options.name, &queue.options.vhost);
-    Err(Fault::new(406, format!("invalid arg '{key}' for queue '{name}' in vhost '{vhost}' of queue type {}", queue_type.module())))
+    Err(Fault::new(
+        406,
+        format!("invalid arg '{key}' for queue '{name}' in vhost '{vhost}' of queue type {}", queue_type.module()),
+    ))
 }
 
 /// `x-priority`, checked as RabbitMQ checks it.
@@ -180,7 +199,10 @@ fn consumer_priority(queue: &Queue, arguments: &FieldTable) -> Result<i64, Fault
         let (name, vhost) = (&queue.options.name, &queue.options.vhost);
         Fault::new(
             406,
-            format!("invalid arg 'x-priority' for queue '{name}' in vhost '{vhost}': \"expected integer, got {}\"", type_name(value)),
+            format!(
+                "invalid arg 'x-priority' for queue '{name}' in vhost '{vhost}': \"expected integer, got {}\"",
+                type_name(value)
+            ),
         )
     })
 }

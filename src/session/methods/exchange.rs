@@ -26,12 +26,22 @@ impl Session {
             X::Delete(delete) => self.exchange_delete(&delete),
             X::Bind(bind) => {
                 let answer = (!bind.nowait).then_some(AMQPClass::Exchange(X::BindOk(exchange::BindOk {})));
-                let binding = exchange_binding(bind.source.as_str(), bind.destination.as_str(), bind.routing_key.as_str(), bind.arguments);
+                let binding = exchange_binding(
+                    bind.source.as_str(),
+                    bind.destination.as_str(),
+                    bind.routing_key.as_str(),
+                    bind.arguments,
+                );
                 self.bind(binding, answer)
             }
             X::Unbind(unbind) => {
                 let answer = (!unbind.nowait).then_some(AMQPClass::Exchange(X::UnbindOk(exchange::UnbindOk {})));
-                let binding = exchange_binding(unbind.source.as_str(), unbind.destination.as_str(), unbind.routing_key.as_str(), unbind.arguments);
+                let binding = exchange_binding(
+                    unbind.source.as_str(),
+                    unbind.destination.as_str(),
+                    unbind.routing_key.as_str(),
+                    unbind.arguments,
+                );
                 self.unbind(&binding, answer)
             }
             _ => Err(Fault::new(503, "unimplemented method")),
@@ -50,17 +60,19 @@ impl Session {
 
     fn exchange_declare(&mut self, declare: exchange::Declare) -> Result<Answer, Fault> {
         let name = strip_cr_lf(declare.exchange.as_str()).into_owned();
-        let kind = ExchangeKind::parse(declare.kind.as_str()).map_err(|error| Fault::from(TopologyError::from(error)))?;
+        let kind =
+            ExchangeKind::parse(declare.kind.as_str()).map_err(|error| Fault::from(TopologyError::from(error)))?;
         check_not_default(&name)?;
         self.check(Access::Configure, Resource::Exchange, &name)?;
-        let options = ExchangeOptions { durable: declare.durable, auto_delete: declare.auto_delete, internal: declare.internal };
+        let options =
+            ExchangeOptions { durable: declare.durable, auto_delete: declare.auto_delete, internal: declare.internal };
         let exchange = Exchange::new(name.as_str().into(), kind, options, declare.arguments);
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
-        if vhost.check_declare_exchange(&exchange)? == Declared::Created {
-            if let Some(alternate) = &exchange.alternate {
-                self.check(Access::Read, Resource::Exchange, &name)?;
-                self.check(Access::Write, Resource::Exchange, alternate)?;
-            }
+        if vhost.check_declare_exchange(&exchange)? == Declared::Created
+            && let Some(alternate) = &exchange.alternate
+        {
+            self.check(Access::Read, Resource::Exchange, &name)?;
+            self.check(Access::Write, Resource::Exchange, alternate)?;
         }
         let round = vhost.declare_exchange(exchange)?;
         Ok(Answer::After(round, (!declare.nowait).then(declare_ok)))

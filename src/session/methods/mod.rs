@@ -31,10 +31,13 @@ impl Session {
     /// Handles a method of the running connection.
     pub(super) fn on_method(&mut self, number: u16, payload: &[u8], class: AMQPClass) -> Result<(), Fault> {
         let (class_id, method_id) = (class.get_amqp_class_id(), class.get_amqp_method_id());
-        let handled = if number == 0 { self.on_connection_method(class) } else { self.on_channel_method(number, payload, class) };
+        let handled =
+            if number == 0 { self.on_connection_method(class) } else { self.on_channel_method(number, payload, class) };
         handled.map_err(|fault| fault.at(class_id, method_id)).map_err(|fault| match fault {
             // RabbitMQ counts channels outside of any method.
-            Fault::Connection(reason) if (class_id, method_id, reason.code) == (20, 10, 530) => Fault::Connection(reason.without_method()),
+            Fault::Connection(reason) if (class_id, method_id, reason.code) == (20, 10, 530) => {
+                Fault::Connection(reason.without_method())
+            }
             other => other,
         })
     }
@@ -79,7 +82,9 @@ impl Session {
                 self.channels.remove(number);
                 return Ok(());
             }
-            (AMQPClass::Basic(_), Some(ChannelState::Closing)) if hot::method_id(payload) == Some(hot::BASIC_PUBLISH) => {
+            (AMQPClass::Basic(_), Some(ChannelState::Closing))
+                if hot::method_id(payload) == Some(hot::BASIC_PUBLISH) =>
+            {
                 return self.on_publish_method(number, payload); // its content has to be read past
             }
             (_, Some(ChannelState::Closing)) => return Ok(()),
@@ -116,7 +121,10 @@ impl Session {
         let open = self.channels.len();
         let max = usize::from(self.channel_max);
         if open >= max {
-            return Err(Fault::new(530, format!("number of channels opened ({open}) has reached the negotiated channel_max ({max})")));
+            return Err(Fault::new(
+                530,
+                format!("number of channels opened ({open}) has reached the negotiated channel_max ({max})"),
+            ));
         }
         self.channels.insert(number, Channel::default());
         self.outbox.open_channel(number);
@@ -145,7 +153,10 @@ impl Session {
 
     /// Checks for any one permission, which is all a passive declaration needs.
     fn check_any(&self, resource: Resource, name: &str) -> Result<(), Fault> {
-        [Access::Read, Access::Write].iter().find_map(|&access| self.check(access, resource, name).ok()).map_or_else(|| self.check(Access::Configure, resource, name), Ok)
+        [Access::Read, Access::Write]
+            .iter()
+            .find_map(|&access| self.check(access, resource, name).ok())
+            .map_or_else(|| self.check(Access::Configure, resource, name), Ok)
     }
 
     /// The queue a method means: the named one, or with an empty name the channel's last declared one.

@@ -12,7 +12,11 @@ use crate::{
         Queue, QueueOptions, REPLY_TO, ReplyRegistry, ReplyTarget,
         binding::{Binding, Destination},
     },
-    model::{Name, arguments::{as_longstr, lookup, type_name}, strip_cr_lf},
+    model::{
+        Name,
+        arguments::{as_longstr, lookup, type_name},
+        strip_cr_lf,
+    },
     session::{
         close::Fault,
         connection::{Answer, Session},
@@ -29,12 +33,24 @@ impl Session {
             Q::Declare(declare) => self.queue_declare(number, declare),
             Q::Bind(bind) => {
                 let answer = (!bind.nowait).then_some(AMQPClass::Queue(Q::BindOk(queue::BindOk {})));
-                let binding = self.queue_binding(number, bind.queue.as_str(), bind.exchange.as_str(), bind.routing_key.as_str(), bind.arguments)?;
+                let binding = self.queue_binding(
+                    number,
+                    bind.queue.as_str(),
+                    bind.exchange.as_str(),
+                    bind.routing_key.as_str(),
+                    bind.arguments,
+                )?;
                 self.bind(binding, answer)
             }
             Q::Unbind(unbind) => {
                 let answer = Some(AMQPClass::Queue(Q::UnbindOk(queue::UnbindOk {})));
-                let binding = self.queue_binding(number, unbind.queue.as_str(), unbind.exchange.as_str(), unbind.routing_key.as_str(), unbind.arguments)?;
+                let binding = self.queue_binding(
+                    number,
+                    unbind.queue.as_str(),
+                    unbind.exchange.as_str(),
+                    unbind.routing_key.as_str(),
+                    unbind.arguments,
+                )?;
                 self.unbind(&binding, answer)
             }
             Q::Purge(purge) => self.queue_purge(number, &purge),
@@ -43,14 +59,26 @@ impl Session {
         }
     }
 
-    fn queue_binding(&self, number: u16, queue: &str, exchange: &str, key: &str, arguments: FieldTable) -> Result<Binding, Fault> {
+    fn queue_binding(
+        &self,
+        number: u16,
+        queue: &str,
+        exchange: &str,
+        key: &str,
+        arguments: FieldTable,
+    ) -> Result<Binding, Fault> {
         let name = self.queue_name(number, queue)?;
         if ReplyRegistry::is_reply_name(name.as_bytes()) {
             return Err(Fault::new(403, "cannot bind or unbind to a volatile (direct reply-to) queue"));
         }
         // With neither queue nor key given, the queue's name is the key.
         let key = if queue.is_empty() && key.is_empty() { name.to_string() } else { key.to_owned() };
-        Ok(Binding { source: strip_cr_lf(exchange).into(), destination: Destination::Queue(name), key: key.into(), arguments })
+        Ok(Binding {
+            source: strip_cr_lf(exchange).into(),
+            destination: Destination::Queue(name),
+            key: key.into(),
+            arguments,
+        })
     }
 
     fn queue_declare(&mut self, number: u16, mut declare: queue::Declare) -> Result<Answer, Fault> {
@@ -71,7 +99,9 @@ impl Session {
             return Err(Fault::new(403, format!("queue name '{name}' contains reserved prefix 'amq.*'")));
         }
         self.check(Access::Configure, Resource::Queue, &name)?;
-        if let (Some(target), None) = (lookup(&declare.arguments, "x-dead-letter-exchange").and_then(as_longstr), vhost.queue(&name)) {
+        if let (Some(target), None) =
+            (lookup(&declare.arguments, "x-dead-letter-exchange").and_then(as_longstr), vhost.queue(&name))
+        {
             self.check(Access::Read, Resource::Queue, &name)?;
             self.check(Access::Write, Resource::Exchange, &String::from_utf8_lossy(target))?;
         }
@@ -112,7 +142,10 @@ impl Session {
     fn server_name(&self, arguments: &FieldTable) -> Result<String, Fault> {
         let Some(value) = lookup(arguments, "x-name-prefix") else { return Ok(generated_name("amq.gen-")) };
         let Some(prefix) = as_longstr(value) else {
-            return Err(Fault::new(406, format!("invalid arg 'x-name-prefix': {{unacceptable_type,{}}}", type_name(value))));
+            return Err(Fault::new(
+                406,
+                format!("invalid arg 'x-name-prefix': {{unacceptable_type,{}}}", type_name(value)),
+            ));
         };
         let prefix = String::from_utf8_lossy(prefix);
         if prefix.len() > MAX_NAME_PREFIX_BYTES {
@@ -164,7 +197,9 @@ impl Session {
         if vhost.queue(&name).is_some() {
             let queue = vhost.queue_for(&name, self.id)?;
             let (if_unused, if_empty) = (delete.if_unused, delete.if_empty);
-            (deleted, round) = vhost.delete_queue(&queue, &mut self.effects, |counts| vhost.check_delete(&queue, counts, if_unused, if_empty))?;
+            (deleted, round) = vhost.delete_queue(&queue, &mut self.effects, |counts| {
+                vhost.check_delete(&queue, counts, if_unused, if_empty)
+            })?;
             self.exclusive.retain(|exclusive| exclusive.id != queue.id);
         }
         let message_count = u32::try_from(deleted).unwrap_or(u32::MAX);
@@ -188,5 +223,7 @@ fn declare_ok(queue: &Queue) -> AMQPClass {
 
 fn without(table: &FieldTable, key: &str) -> FieldTable {
     let kept = table.into_iter().filter(|(name, _)| name.as_str() != key);
-    kept.map(|(name, value): (&ShortString, &AMQPValue)| (name.clone(), value.clone())).collect::<std::collections::BTreeMap<_, _>>().into()
+    kept.map(|(name, value): (&ShortString, &AMQPValue)| (name.clone(), value.clone()))
+        .collect::<std::collections::BTreeMap<_, _>>()
+        .into()
 }

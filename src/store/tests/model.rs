@@ -11,19 +11,48 @@ const QUEUES: u64 = 4;
 #[derive(Clone, Debug)]
 enum Step {
     /// Appends this many records after a gap.
-    Append { queue: u64, gap: u64, count: u64, size: usize },
-    Page { queue: u64, count: u64 },
-    Consume { queue: u64, segment: u64, ranges: Vec<(u64, u64)> },
-    State { queue: u64, number: u64 },
-    DeleteSegments { queue: u64, from: u64, count: u64 },
-    DeleteQueue { queue: u64 },
-    Define { key: u8, value: Option<u8> },
+    Append {
+        queue: u64,
+        gap: u64,
+        count: u64,
+        size: usize,
+    },
+    Page {
+        queue: u64,
+        count: u64,
+    },
+    Consume {
+        queue: u64,
+        segment: u64,
+        ranges: Vec<(u64, u64)>,
+    },
+    State {
+        queue: u64,
+        number: u64,
+    },
+    DeleteSegments {
+        queue: u64,
+        from: u64,
+        count: u64,
+    },
+    DeleteQueue {
+        queue: u64,
+    },
+    Define {
+        key: u8,
+        value: Option<u8>,
+    },
     /// Ends the round, and waits for it or not.
-    Commit { wait: bool },
+    Commit {
+        wait: bool,
+    },
     Kill,
     Restart,
     /// A kill that leaves the last WAL cut off, or with junk at its end, at this part of its length.
-    Tear { part: u8, junk: bool },
+    Tear {
+        part: u8,
+        junk: bool,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -102,7 +131,13 @@ impl Subject {
             }
             Step::Consume { queue, segment, ranges } => self.consume(queue, segment, &ranges),
             Step::State { queue, number } => {
-                let state = QueueStateRecord { head: number, delivered: number + 1, tail: number + 9, message_count: number, message_bytes: 3 };
+                let state = QueueStateRecord {
+                    head: number,
+                    delivered: number + 1,
+                    tail: number + 9,
+                    message_count: number,
+                    message_bytes: 3,
+                };
                 let queue = &self.queues[queue as usize];
                 queue.change(&self.store, [Change::State(state)]);
                 self.now.states.insert(queue.id, state);
@@ -148,7 +183,8 @@ impl Subject {
         let tail = self.tails.entry(queue.id).or_default();
         *tail += gap;
         let count = if size > 1000 { 2 } else { count };
-        let records: Records = (*tail..*tail + count).map(|seq| (seq, vec![seq as u8; size + seq as usize % 5])).collect();
+        let records: Records =
+            (*tail..*tail + count).map(|seq| (seq, vec![seq as u8; size + seq as usize % 5])).collect();
         *tail += count;
         queue.append_all(&self.store, &records);
         self.now.logs.entry(queue.id).or_default().extend(records);

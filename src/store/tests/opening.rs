@@ -40,7 +40,10 @@ fn a_second_instance_is_refused_by_name_and_told_what_to_do() {
 fn an_unknown_format_is_refused_and_left_alone() {
     let directory = tempfile::tempdir().unwrap();
     let put_format = |store: &Store, value: &[u8]| {
-        store.rocks.with(|db| Ok(db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, value).unwrap())).unwrap();
+        store
+            .rocks
+            .with(|db| Ok(db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, value).unwrap()))
+            .unwrap();
     };
     let (store, _) = open(directory.path());
     put_format(&store, &7u64.to_be_bytes());

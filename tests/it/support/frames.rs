@@ -55,7 +55,15 @@ pub fn header_payload(class: u16, weight: u16, body_size: u64, properties: &Basi
 }
 
 /// Method, header and body frames of `max` bytes each.
-pub fn content(channel: u16, exchange: &str, key: &str, mandatory: bool, properties: &BasicProperties, body: &[u8], max: usize) -> Vec<u8> {
+pub fn content(
+    channel: u16,
+    exchange: &str,
+    key: &str,
+    mandatory: bool,
+    properties: &BasicProperties,
+    body: &[u8],
+    max: usize,
+) -> Vec<u8> {
     let mut bytes = publish_method(channel, exchange, key, mandatory);
     bytes.extend(header(channel, body.len() as u64, properties));
     for piece in body.chunks(max) {

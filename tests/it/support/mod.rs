@@ -53,12 +53,18 @@ pub fn text(value: &str) -> AMQPValue {
 
 /// Declares a durable queue.
 pub async fn declare_durable(channel: &Channel, queue: &str) {
-    channel.queue_declare(queue.into(), QueueDeclareOptions { durable: true, ..Default::default() }, FieldTable::default()).await.unwrap();
+    channel
+        .queue_declare(queue.into(), QueueDeclareOptions { durable: true, ..Default::default() }, FieldTable::default())
+        .await
+        .unwrap();
 }
 
 /// Publishes to a queue through the default exchange; returns when it is confirmed.
 pub async fn publish_confirmed(channel: &Channel, queue: &str, body: &[u8]) {
-    let sent = channel.basic_publish("".into(), queue.into(), BasicPublishOptions::default(), body, persistent()).await.unwrap();
+    let sent = channel
+        .basic_publish("".into(), queue.into(), BasicPublishOptions::default(), body, persistent())
+        .await
+        .unwrap();
     let confirmation = within("confirm", sent).await.unwrap();
     assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
 }

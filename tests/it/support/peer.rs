@@ -12,7 +12,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{LIMIT, frames::{self, Frame}, table};
+use super::{
+    LIMIT,
+    frames::{self, Frame},
+    table,
+};
 
 pub use amq_protocol::protocol::queue::Declare;
 
@@ -63,7 +67,8 @@ impl Login {
     pub async fn tune(&self, address: SocketAddr) -> Peer {
         let mut peer = self.authenticate(address).await;
         let AMQPClass::Connection(connection::AMQPMethod::Tune(_)) = peer.method(0).await else { panic!("no tune") };
-        let tune_ok = connection::TuneOk { channel_max: self.channel_max, frame_max: self.frame_max, heartbeat: self.heartbeat };
+        let tune_ok =
+            connection::TuneOk { channel_max: self.channel_max, frame_max: self.frame_max, heartbeat: self.heartbeat };
         peer.send(0, AMQPClass::Connection(connection::AMQPMethod::TuneOk(tune_ok))).await;
         peer.frame_max = self.frame_max as usize;
         peer
@@ -80,7 +85,9 @@ impl Login {
     /// The whole handshake.
     pub async fn open(&self, address: SocketAddr) -> Peer {
         let mut peer = self.ask_open(address).await;
-        let AMQPClass::Connection(connection::AMQPMethod::OpenOk(_)) = peer.method(0).await else { panic!("no open-ok") };
+        let AMQPClass::Connection(connection::AMQPMethod::OpenOk(_)) = peer.method(0).await else {
+            panic!("no open-ok")
+        };
         peer
     }
 }
@@ -199,7 +206,8 @@ impl Peer {
 
     /// A round trip; fails if anything else comes first. After it, all that was sent before was handled.
     pub async fn nothing_more(&mut self, number: u16) {
-        let answer = self.call(number, AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: true }))).await;
+        let answer =
+            self.call(number, AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: true }))).await;
         assert!(matches!(answer, AMQPClass::Channel(channel::AMQPMethod::FlowOk(_))), "{answer:?}");
     }
 
@@ -215,7 +223,8 @@ impl Peer {
     }
 
     pub async fn select_confirms(&mut self, number: u16) {
-        let answer = self.call(number, AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: false }))).await;
+        let answer =
+            self.call(number, AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: false }))).await;
         assert!(matches!(answer, AMQPClass::Confirm(confirm::AMQPMethod::SelectOk(_))), "{answer:?}");
     }
 
@@ -237,7 +246,9 @@ impl Peer {
     /// Declares and answers name, ready messages and consumers.
     pub async fn declare(&mut self, number: u16, declare: Declare) -> (String, u32, u32) {
         match self.call(number, AMQPClass::Queue(queue::AMQPMethod::Declare(declare))).await {
-            AMQPClass::Queue(queue::AMQPMethod::DeclareOk(ok)) => (ok.queue.to_string(), ok.message_count, ok.consumer_count),
+            AMQPClass::Queue(queue::AMQPMethod::DeclareOk(ok)) => {
+                (ok.queue.to_string(), ok.message_count, ok.consumer_count)
+            }
             other => panic!("no declare-ok: {other:?}"),
         }
     }
@@ -249,14 +260,21 @@ impl Peer {
     }
 
     pub async fn bind(&mut self, number: u16, queue: &str, exchange: &str, key: &str, arguments: FieldTable) {
-        let bind = queue::Bind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), nowait: false, arguments };
+        let bind = queue::Bind {
+            queue: queue.into(),
+            exchange: exchange.into(),
+            routing_key: key.into(),
+            nowait: false,
+            arguments,
+        };
         let answer = self.call(number, AMQPClass::Queue(queue::AMQPMethod::Bind(bind))).await;
         assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::BindOk(_))), "{answer:?}");
     }
 
     /// Ready messages and consumers.
     pub async fn depth(&mut self, number: u16, name: &str) -> (u32, u32) {
-        let (_, ready, consumers) = self.declare(number, Declare { queue: name.into(), passive: true, ..Default::default() }).await;
+        let (_, ready, consumers) =
+            self.declare(number, Declare { queue: name.into(), passive: true, ..Default::default() }).await;
         (ready, consumers)
     }
 
@@ -270,12 +288,26 @@ impl Peer {
         self.publish_to(number, "", queue, &super::persistent(), body).await;
     }
 
-    pub async fn publish_to(&mut self, number: u16, exchange: &str, key: &str, properties: &BasicProperties, body: impl AsRef<[u8]>) {
+    pub async fn publish_to(
+        &mut self,
+        number: u16,
+        exchange: &str,
+        key: &str,
+        properties: &BasicProperties,
+        body: impl AsRef<[u8]>,
+    ) {
         let max = self.frame_max - 8;
         self.write(&frames::content(number, exchange, key, false, properties, body.as_ref(), max)).await;
     }
 
-    pub async fn publish_mandatory(&mut self, number: u16, exchange: &str, key: &str, properties: &BasicProperties, body: impl AsRef<[u8]>) {
+    pub async fn publish_mandatory(
+        &mut self,
+        number: u16,
+        exchange: &str,
+        key: &str,
+        properties: &BasicProperties,
+        body: impl AsRef<[u8]>,
+    ) {
         let max = self.frame_max - 8;
         self.write(&frames::content(number, exchange, key, true, properties, body.as_ref(), max)).await;
     }
@@ -312,7 +344,11 @@ impl Peer {
 
     /// Consumes with the queue's name as the tag.
     pub async fn consume(&mut self, number: u16, queue: &str, no_ack: bool) {
-        self.consume_as(number, basic::Consume { queue: queue.into(), consumer_tag: queue.into(), no_ack, ..Default::default() }).await;
+        self.consume_as(
+            number,
+            basic::Consume { queue: queue.into(), consumer_tag: queue.into(), no_ack, ..Default::default() },
+        )
+        .await;
     }
 
     pub async fn consume_as(&mut self, number: u16, consume: basic::Consume) -> String {
@@ -349,7 +385,10 @@ impl Peer {
     }
 
     pub async fn get(&mut self, number: u16, queue: &str, no_ack: bool) -> Option<Delivered> {
-        match self.call(number, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: queue.into(), no_ack }))).await {
+        match self
+            .call(number, AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: queue.into(), no_ack })))
+            .await
+        {
             AMQPClass::Basic(basic::AMQPMethod::GetEmpty(_)) => None,
             AMQPClass::Basic(basic::AMQPMethod::GetOk(ok)) => {
                 let (properties, body) = self.content(number).await;
@@ -410,11 +449,16 @@ impl Peer {
     }
 
     pub async fn nack(&mut self, number: u16, tag: u64, multiple: bool, requeue: bool) {
-        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack { delivery_tag: tag, multiple, requeue }))).await;
+        self.send(
+            number,
+            AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack { delivery_tag: tag, multiple, requeue })),
+        )
+        .await;
     }
 
     pub async fn reject(&mut self, number: u16, tag: u64, requeue: bool) {
-        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Reject(basic::Reject { delivery_tag: tag, requeue }))).await;
+        self.send(number, AMQPClass::Basic(basic::AMQPMethod::Reject(basic::Reject { delivery_tag: tag, requeue })))
+            .await;
     }
 
     /// The next method closes the channel with this; the channel is then free again.

@@ -50,7 +50,8 @@ impl Program {
         let begun = Instant::now();
         let mut child = command(data, port, open_files).spawn().unwrap();
         let log = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
-        let outputs: [Box<dyn std::io::Read + Send>; 2] = [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        let outputs: [Box<dyn std::io::Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
         for output in outputs {
             let log = log.clone();
             std::thread::spawn(move || {
