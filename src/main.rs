@@ -1,5 +1,17 @@
-//! The `leveret` program. Everything is in the library; see [`leveret::cli`].
+//! The program. Everything is in the library; see [`leveret::cli`].
 
-fn main() -> std::process::ExitCode {
+use std::process::ExitCode;
+
+/// One allocator for Rust and RocksDB. A broker's memory is a tide of chunks and buffers; this one gives the ebb back to the
+/// system within seconds, where the C library's keeps it.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Read by the allocator at start: few arenas for few threads, and unused pages returned after one second.
+#[expect(non_upper_case_globals, reason = "the symbol the allocator looks for")]
+#[unsafe(export_name = "malloc_conf")]
+pub static malloc_conf: &[u8] = b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0,background_thread:true,tcache_max:4096\0";
+
+fn main() -> ExitCode {
     leveret::cli::main()
 }

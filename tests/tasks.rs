@@ -225,22 +225,16 @@ fn work_session(office: &Office, client: &mut Client, run: u32, all: &mut Vec<Wo
     Ok(())
 }
 
-fn wait_until_worked(office: &Office, count: u64, patience: Duration) {
+/// Waits for one of the two counts to reach `goal`, as long as work goes on.
+fn wait_until(office: &Office, count: &AtomicU64, goal: u64, patience: Duration) {
     let (mut seen, mut since) = (0, Instant::now());
-    loop {
-        let worked = office.worked.load(Ordering::Relaxed);
-        if worked >= count {
-            return;
+    while count.load(Ordering::Relaxed) < goal {
+        let (worked, confirmed) = (office.worked.load(Ordering::Relaxed), office.confirmed.load(Ordering::Relaxed));
+        if worked + confirmed > seen {
+            (seen, since) = (worked + confirmed, Instant::now());
         }
-        if worked > seen {
-            (seen, since) = (worked, Instant::now());
-        }
-        assert!(
-            since.elapsed() < patience,
-            "nothing moves: {worked} of {count} tasks worked on, {} confirmed",
-            office.confirmed.load(Ordering::Relaxed)
-        );
-        std::thread::sleep(Duration::from_millis(1));
+        assert!(since.elapsed() < patience, "nothing moves: {worked} tasks worked on, {confirmed} confirmed, waiting for {goal}");
+        std::thread::sleep(Duration::from_micros(200));
     }
 }
 
@@ -283,14 +277,29 @@ fn every_confirmed_task_is_worked_on_though_connections_and_the_broker_die() {
         })
         .collect();
 
-    // The accidents, at random points of the work: a consumer's connection, the broker, a publisher's connection. They
-    // come early, so that publishers are still at it.
-    let mut points: Vec<u64> = (0..3).map(|at| tasks * rng.range(at * 20 + 5..at * 20 + 20) / 100).collect();
-    points.sort_unstable();
+    // The accidents, at random points of the work.
     let patience = Duration::from_secs(60);
-    wait_until_worked(&office, points[0], patience);
-    cut(&office.consumers.lock().unwrap()[&(rng.range(0..CONSUMERS as u64) as usize)]);
-    wait_until_worked(&office, points[1], patience);
+    let part = |from: u64, to: u64, rng: &mut Rng| tasks * rng.range(from..to) / 100;
+    let (consumer, consumer_at) = (rng.range(0..CONSUMERS as u64) as usize, part(5, 90, &mut rng));
+    let (publisher, publisher_at) = (rng.range(0..u64::from(PUBLISHERS)) as u32, part(5, 70, &mut rng));
+    let killed_at = part(30, 70, &mut rng);
+    let cutters = [
+        std::thread::spawn({
+            let office = office.clone();
+            move || {
+                wait_until(&office, &office.worked, consumer_at, patience);
+                cut(&office.consumers.lock().unwrap()[&consumer]);
+            }
+        }),
+        std::thread::spawn({
+            let office = office.clone();
+            move || {
+                wait_until(&office, &office.confirmed, publisher_at, patience);
+                cut(&office.publishers.lock().unwrap()[&publisher]);
+            }
+        }),
+    ];
+    wait_until(&office, &office.confirmed, killed_at, patience);
     let confirmed_at_kill = office.confirmed.load(Ordering::Relaxed);
     {
         let mut address = office.address.lock().unwrap();
@@ -300,14 +309,13 @@ fn every_confirmed_task_is_worked_on_though_connections_and_the_broker_die() {
         office.run.fetch_add(1, Ordering::SeqCst);
     }
     let restarted_in = broker.started_in;
-    wait_until_worked(&office, points[2], patience);
-    cut(&office.publishers.lock().unwrap()[&(rng.range(0..u64::from(PUBLISHERS)) as u32)]);
 
     let sent_again: u64 = publishers.into_iter().map(|thread| thread.join().expect("no publisher fails")).sum();
     let published_in = began.elapsed();
     let tasks = u64::from(each) * u64::from(PUBLISHERS);
     assert_eq!(office.confirmed.load(Ordering::Relaxed), tasks);
-    wait_until_worked(&office, tasks, patience);
+    wait_until(&office, &office.worked, tasks, patience);
+    cutters.into_iter().for_each(|thread| thread.join().expect("no accident fails"));
     let mut control = Client::connect(broker.address).expect("connects");
     let deadline = Instant::now() + patience;
     // More was worked on than there were tasks, so the count alone does not say that all is done.

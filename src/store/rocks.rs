@@ -24,7 +24,7 @@ use super::round::{Families, RoundBuilder};
 use super::{StoreError, StoreOptions, key};
 
 /// Runs of at least this size are kept apart from their keys.
-const MIN_BLOB_BYTES: u64 = 4 * 1024;
+const MIN_BLOB_BYTES: u64 = 512;
 
 /// Blob files are closed at this size (or when the memtable that is flushed ends).
 const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;

@@ -97,11 +97,8 @@ async fn a_global_prefetch_limits_all_consumers_of_the_channel_together() {
     }
     peer.nothing_more(1).await;
     // A higher limit takes effect at once, and a limit per consumer lifts it.
-    peer.qos(1, 6, true).await;
-    for _ in 0..2 {
-        peer.delivery(1).await;
-    }
-    peer.nothing_more(1).await;
+    peer.send(1, AMQPClass::Basic(basic::AMQPMethod::Qos(basic::Qos { prefetch_count: 6, global: true }))).await;
+    peer.nothing_more_but_deliveries(1).await;
     assert_eq!(broker.counts("q").unacked, 6);
     peer.send(1, AMQPClass::Basic(basic::AMQPMethod::Qos(basic::Qos { prefetch_count: 0, global: false }))).await;
     eventually("no limit", async || (broker.counts("q").unacked == 18).then_some(())).await;
@@ -188,11 +185,12 @@ async fn an_exclusive_consumer_is_alone() {
     let mut peer = with_messages(&broker, 1).await;
     peer.open_channel(2).await;
     peer.consume_as(2, basic::Consume { exclusive: true, ..consume("only") }).await;
-    peer.delivery(2).await;
+    let taken = peer.delivery(2).await;
     peer.send(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume("other")))).await;
     peer.expect_channel_error(1, 403, "ACCESS_REFUSED - queue 'q' in vhost '/' in exclusive use").await;
     peer.open_channel(1).await;
     assert_eq!(peer.get(1, "q", true).await, None, "a get beside it is allowed");
+    peer.ack(2, taken.tag, false).await;
     peer.cancel(2, "only").await;
     peer.consume_as(1, consume("other")).await;
     peer.send(2, AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume { exclusive: true, ..consume("late") })))

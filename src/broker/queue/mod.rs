@@ -20,6 +20,8 @@ mod log;
 mod ranges;
 mod record;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -15,7 +15,7 @@ use leveret::{
 };
 use tempfile::TempDir;
 
-use super::peer::{Login, Peer};
+use super::peer::{Login, Peer, hang_up};
 
 /// Panics of anything that is not a test, with their places.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -89,6 +89,7 @@ impl TestBroker {
 
     pub async fn shut_down(&mut self) {
         if let Some(server) = self.server.take() {
+            server.addresses().into_iter().for_each(hang_up);
             server.stop().await.unwrap();
         }
     }

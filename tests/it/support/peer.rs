@@ -1,16 +1,18 @@
 //! A client that speaks frames, for what a client library would hide.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, Weak},
+    time::Duration,
+};
 
 use amq_protocol::{
     protocol::{AMQPClass, BasicProperties, basic, channel, confirm, connection, exchange, parse_class, queue, tx},
     types::{AMQPValue, FieldTable, LongString},
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 
 use super::{
     LIMIT,
@@ -112,9 +114,23 @@ impl Delivered {
     }
 }
 
+/// Every open socket, so that a broker that is stopped need not wait for peers that do not listen any more.
+static SOCKETS: Mutex<Vec<(SocketAddr, Weak<TcpStream>)>> = Mutex::new(Vec::new());
+
+/// Ends all connections to `broker`.
+pub fn hang_up(broker: SocketAddr) {
+    SOCKETS.lock().unwrap().retain(|(address, socket)| {
+        let Some(socket) = socket.upgrade() else { return false };
+        if *address == broker {
+            let _ = socket2::SockRef::from(&*socket).shutdown(std::net::Shutdown::Both);
+        }
+        *address != broker
+    });
+}
+
 /// See the module.
 pub struct Peer {
-    pub socket: TcpStream,
+    socket: Arc<TcpStream>,
     read: Vec<u8>,
     /// Of `read`, what was handed out.
     at: usize,
@@ -123,13 +139,40 @@ pub struct Peer {
 
 impl Peer {
     pub async fn connect(address: SocketAddr) -> Peer {
-        let socket = TcpStream::connect(address).await.unwrap();
+        let socket = Arc::new(TcpStream::connect(address).await.unwrap());
         socket.set_nodelay(true).unwrap();
+        SOCKETS.lock().unwrap().push((address, Arc::downgrade(&socket)));
         Peer { socket, read: Vec::new(), at: 0, frame_max: 131_072 }
     }
 
     pub async fn write(&mut self, bytes: &[u8]) {
-        timeout(LIMIT, self.socket.write_all(bytes)).await.expect("the broker does not read").unwrap();
+        timeout(LIMIT, self.try_write(bytes)).await.expect("the broker does not read").unwrap();
+    }
+
+    /// Writes as long as the broker reads.
+    pub async fn try_write(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.socket.try_write(bytes) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.socket.writable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_block(&mut self) -> io::Result<usize> {
+        let mut block = [0; 64 << 10];
+        loop {
+            match self.socket.try_read(&mut block) {
+                Ok(read) => {
+                    self.read.extend_from_slice(&block[..read]);
+                    return Ok(read);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.socket.readable().await?,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     pub async fn send(&mut self, channel: u16, class: AMQPClass) {
@@ -152,10 +195,9 @@ impl Peer {
                 }
             }
             self.read.drain(..std::mem::take(&mut self.at));
-            let mut block = [0; 64 << 10];
-            match timeout(LIMIT, self.socket.read(&mut block)).await.expect("the broker says nothing") {
+            match timeout(LIMIT, self.read_block()).await.expect("the broker says nothing") {
                 Ok(0) | Err(_) => return None,
-                Ok(read) => self.read.extend_from_slice(&block[..read]),
+                Ok(_) => {}
             }
         }
     }
@@ -312,8 +354,8 @@ impl Peer {
         self.write(&frames::content(number, exchange, key, true, properties, body.as_ref(), max)).await;
     }
 
-    /// The next ack or nack of a publish: tag, multiple, whether it is an ack.
-    pub async fn confirm(&mut self, number: u16) -> (u64, bool, bool) {
+    /// The next ack or nack of publishes: the last one, whether earlier ones are meant too, whether it is an ack.
+    async fn answer(&mut self, number: u16) -> (u64, bool, bool) {
         match self.method(number).await {
             AMQPClass::Basic(basic::AMQPMethod::Ack(ack)) => (ack.delivery_tag, ack.multiple, true),
             AMQPClass::Basic(basic::AMQPMethod::Nack(nack)) => (nack.delivery_tag, nack.multiple, false),
@@ -321,19 +363,27 @@ impl Peer {
         }
     }
 
-    /// Reads confirms until publish `last` is answered; answers whether each of `1..=last` was acked.
-    pub async fn confirms(&mut self, number: u16, last: u64) -> Vec<bool> {
-        let mut answers: Vec<Option<bool>> = vec![None; last as usize];
-        while answers.contains(&None) {
-            let (tag, multiple, acked) = self.confirm(number).await;
-            let from = if multiple { 1 } else { tag };
-            for seq in from..=tag {
-                let answer = &mut answers[seq as usize - 1];
-                assert!(answer.is_none() || multiple, "{seq} was answered twice");
-                answer.get_or_insert(acked);
+    /// The next ack or nack, when one publish is outstanding: its number, whether it is an ack.
+    pub async fn confirm(&mut self, number: u16) -> (u64, bool) {
+        let (seq, _, acked) = self.answer(number).await;
+        (seq, acked)
+    }
+
+    /// Reads confirms until every publish of `seqs` is answered; answers whether each was acked. Others are answered
+    /// already.
+    pub async fn confirms(&mut self, number: u16, seqs: impl IntoIterator<Item = u64>) -> Vec<bool> {
+        let mut answers: BTreeMap<u64, Option<bool>> = seqs.into_iter().map(|seq| (seq, None)).collect();
+        while answers.values().any(Option::is_none) {
+            let (last, multiple, acked) = self.answer(number).await;
+            let first = if multiple { 0 } else { last };
+            let mut answered = 0;
+            for (_, answer) in answers.range_mut(first..=last).filter(|(_, answer)| answer.is_none()) {
+                *answer = Some(acked);
+                answered += 1;
             }
+            assert!(answered > 0, "{last} was answered before");
         }
-        answers.into_iter().flatten().collect()
+        answers.into_values().flatten().collect()
     }
 
     pub async fn qos(&mut self, number: u16, prefetch: u16, global: bool) {
