@@ -11,14 +11,12 @@ pub fn now_unix_ms() -> u64 {
 }
 
 #[cfg(target_os = "linux")]
-#[allow(unsafe_code, reason = "the standard library does not offer the coarse clock")]
 fn coarse_unix_ms() -> Option<u64> {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid timespec for the whole call, which writes to it and keeps no reference.
-    let status = unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &raw mut now) };
+    use rustix::time::{ClockId, clock_gettime};
+    let now = clock_gettime(ClockId::RealtimeCoarse);
     let seconds = u64::try_from(now.tv_sec).ok()?;
     let nanos = u64::try_from(now.tv_nsec).ok()?;
-    (status == 0).then_some(seconds * 1_000 + nanos / 1_000_000)
+    Some(seconds * 1_000 + nanos / 1_000_000)
 }
 
 #[cfg(not(target_os = "linux"))]

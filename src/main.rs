@@ -10,7 +10,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 /// Read by the allocator at start: few arenas for few threads, and unused pages returned after one second.
 #[expect(non_upper_case_globals, reason = "the symbol the allocator looks for")]
 #[unsafe(export_name = "malloc_conf")]
-pub static malloc_conf: &[u8] = b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0,background_thread:true,tcache_max:4096\0";
+pub static malloc_conf: &[u8] =
+    b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0,background_thread:true,tcache_max:4096\0";
 
 fn main() -> ExitCode {
     leveret::cli::main()

@@ -233,7 +233,10 @@ fn wait_until(office: &Office, count: &AtomicU64, goal: u64, patience: Duration)
         if worked + confirmed > seen {
             (seen, since) = (worked + confirmed, Instant::now());
         }
-        assert!(since.elapsed() < patience, "nothing moves: {worked} tasks worked on, {confirmed} confirmed, waiting for {goal}");
+        assert!(
+            since.elapsed() < patience,
+            "nothing moves: {worked} tasks worked on, {confirmed} confirmed, waiting for {goal}"
+        );
         std::thread::sleep(Duration::from_micros(200));
     }
 }

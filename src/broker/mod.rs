@@ -14,7 +14,10 @@ mod reply;
 pub mod router;
 mod vhost;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
 
 use ahash::AHashMap;
 use dashmap::DashMap;
@@ -37,12 +40,18 @@ use crate::{
     store::{QueueId, Recovered, Store},
 };
 
+/// Free bytes on the data volume below which publishers are blocked; RabbitMQ's default.
+const DISK_FREE_LIMIT_BYTES: u64 = 50_000_000;
+/// Sweeps in a row that may find the memory budget exhausted before that is an alarm: paging gets its chance first.
+const EXHAUSTED_SWEEPS: u32 = 8;
+
 /// The broker: vhosts over one store.
 pub struct Broker {
     vhosts: DashMap<Name, Arc<Vhost>>,
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
     alarms: Alarms,
+    exhausted_sweeps: AtomicU32,
     /// Direct reply-to targets of this broker.
     pub replies: ReplyRegistry,
 }
@@ -56,6 +65,7 @@ impl Broker {
             store,
             budget: Arc::new(MemoryBudget::new(memory_budget_bytes)),
             alarms: Alarms::default(),
+            exhausted_sweeps: AtomicU32::new(0),
             replies: ReplyRegistry::default(),
         };
         broker.restore(recovered);
@@ -132,8 +142,16 @@ impl Broker {
         effects.deliver_and_wake();
     }
 
-    /// Asks the queues that hold memory to page it out, when the budget is exceeded.
+    /// Looks after memory and disk: has queues page out when the budget is exceeded, sets and clears alarms. Called a
+    /// few times a second.
     pub fn sweep(&self) {
+        if let Some(free) = self.store.free_disk_bytes() {
+            self.alarms.set(Alarm::Disk, free < DISK_FREE_LIMIT_BYTES);
+        }
+        let exhausted = self.budget.is_exhausted();
+        let sweeps = if exhausted { self.exhausted_sweeps.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
+        self.exhausted_sweeps.store(sweeps, Ordering::Relaxed);
+        self.alarms.set(Alarm::Memory, sweeps > EXHAUSTED_SWEEPS);
         if !self.budget.is_over() {
             return;
         }

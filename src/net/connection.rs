@@ -31,6 +31,11 @@ const READ_BYTES: usize = 256 << 10;
 const BUSY_READ_BYTES: usize = 64 << 10;
 /// How long a publisher waits after a read, when consumers of a queue it publishes to do not keep up.
 const CONGESTION_PAUSE: Duration = Duration::from_millis(1);
+/// How often a publisher that is held back looks whether it may go on.
+const HOLD_STEP: Duration = Duration::from_millis(5);
+/// Looks after which a read is let through although memory is still exhausted: paging must slow publishers down, never
+/// stop them for good. What lasts becomes an alarm.
+const EXHAUSTED_STEPS: u32 = 20;
 /// RabbitMQ's pause before it drops a connection without a word; it slows guessing.
 const DROP_PAUSE: Duration = Duration::from_secs(3);
 /// How long a client may take to answer `connection.close`.
@@ -195,26 +200,21 @@ impl Connection {
         None
     }
 
-    /// Keeps a publisher from outrunning the memory budget or an alarm; the client is told of an alarm.
+    /// Keeps a publisher from outrunning the memory budget, for a bounded time, or an alarm, for as long as it lasts; the
+    /// client is told of an alarm.
     async fn hold_back(&mut self) {
-        if !self.session.must_hold_back() {
-            return;
+        let mut patience = EXHAUSTED_STEPS;
+        while patience > 0 && self.session.must_hold_back() && self.session.alarm().is_none() {
+            patience -= 1;
+            sleep(HOLD_STEP).await;
         }
+        let Some(reason) = self.session.alarm() else { return };
+        self.session.tell_blocked(&reason);
         self.handle.paused.store(true, Ordering::Relaxed);
-        let mut told = false;
-        while self.session.must_hold_back() {
-            if let (false, Some(reason)) = (told, self.session.alarm()) {
-                told = true;
-                self.session.tell_blocked(&reason);
-            }
-            sleep(Duration::from_millis(5)).await;
-            if self.handle.outbox.is_closed() {
-                break;
-            }
+        while self.session.alarm().is_some() && !self.handle.outbox.is_closed() && !self.handle.is_commanded() {
+            sleep(HOLD_STEP).await;
         }
-        if told {
-            self.session.tell_unblocked();
-        }
+        self.session.tell_unblocked();
         self.handle.paused.store(false, Ordering::Relaxed);
         self.handle.note_received();
     }

@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{net::TcpListener, task::JoinHandle};
 
@@ -102,30 +104,22 @@ async fn wait_for_room(registry: &Registry, max_sockets: usize, paused: &AtomicB
 }
 
 fn is_exhaustion(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }
 
 /// Sockets that may be open at once: what the limit of open files leaves after the store's share.
 fn max_sockets(max_connections: Option<u32>) -> usize {
-    let limit = file_limit().map_or(1024, |limit| limit.rlim_cur);
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let by_files = limit.saturating_sub(RESERVED_FILES.min(limit / 2)).max(1);
     let by_files = usize::try_from(by_files).unwrap_or(usize::MAX);
     max_connections.map_or(by_files, |max| by_files.min(max as usize))
 }
 
-fn file_limit() -> Option<libc::rlimit> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is a valid, writable rlimit for the duration of the call.
-    let answer = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
-    (answer == 0).then_some(limit)
-}
-
 /// Raises the limit of open files to what the system allows the process; best effort.
 pub fn raise_file_limit() {
-    let Some(mut limit) = file_limit() else { return };
-    if limit.rlim_cur < limit.rlim_max {
-        limit.rlim_cur = limit.rlim_max;
-        // SAFETY: `limit` is a valid rlimit that the system itself has filled in.
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current < limit.maximum {
+        // Refused means that the limit stays, which only brings the pause in accepting nearer.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     }
 }

@@ -42,6 +42,11 @@ impl Handle {
         self.commanded.notify_one();
     }
 
+    /// Whether a request waits.
+    pub fn is_commanded(&self) -> bool {
+        self.command.lock().is_some()
+    }
+
     /// Waits for a request.
     pub async fn commanded(&self) -> Command {
         loop {

@@ -1,11 +1,14 @@
 //! A connection's writer task: takes what the outbox has gathered and writes it, as much as there is at a time.
 
-use std::{io, sync::Arc};
+use std::{io, sync::Arc, time::Duration};
 
-use tokio::net::tcp::OwnedWriteHalf;
+use tokio::{net::tcp::OwnedWriteHalf, time::timeout};
 
 use super::registry::{Command, Handle};
 use crate::session::{WriteBuffer, WriteCursor};
+
+/// Silence after which a connection gives its buffers' memory back.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// Writes until the outbox is closed, or finished and empty.
 pub async fn write_loop(socket: OwnedWriteHalf, handle: Arc<Handle>) {
@@ -26,7 +29,10 @@ pub async fn write_loop(socket: OwnedWriteHalf, handle: Arc<Handle>) {
         if outbox.is_closed() || outbox.is_finished() {
             return;
         }
-        outbox.writable().await;
+        if timeout(IDLE, outbox.writable()).await.is_err() {
+            outbox.rest(&mut batch);
+            outbox.writable().await;
+        }
     }
 }
 

@@ -197,9 +197,9 @@ impl Session {
         self.framing_lost
     }
 
-    /// Whether a publisher has to wait: for paging to catch up, or for an alarm to clear.
+    /// Whether a publisher has to wait for paging to catch up.
     pub fn must_hold_back(&self) -> bool {
-        self.broker.memory().is_exhausted() || self.broker.alarms().is_active()
+        self.broker.memory().is_exhausted()
     }
 
     /// The alarm in force, as `connection.blocked` names it.

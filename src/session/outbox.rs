@@ -230,13 +230,20 @@ impl Outbox {
         true
     }
 
-    /// Gives a written buffer's memory back, bounded for a connection that falls idle.
+    /// Keeps a written buffer for the next batch.
     pub fn recycle(&self, batch: &mut WriteBuffer) {
         batch.clear(HIGH_WATER_BYTES);
         let mut inner = self.inner.lock();
         if inner.out.is_empty() && inner.out.bytes.capacity() == 0 {
             std::mem::swap(&mut inner.out, batch);
-        } else if inner.out.is_empty() && !inner.full {
+        }
+    }
+
+    /// Gives the buffers' memory back but for a little: the connection has fallen idle.
+    pub fn rest(&self, batch: &mut WriteBuffer) {
+        batch.clear(0);
+        let mut inner = self.inner.lock();
+        if inner.out.is_empty() {
             inner.out.bytes.shrink_to(IDLE_BUFFER_BYTES);
         }
     }

@@ -22,7 +22,8 @@
 //!
 //! # Elsewhere
 //! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets). RocksDB and its options:
-//! `rocks`. Paged-out records: `pages`. Reading back: `read`. The commit thread: `commit`; what a round holds: `round`; who waits: `watermark`.
+//! `rocks`. Paged-out records: `pages`. Reading back: `read`. Giving disk space back: `sweep`. The commit thread:
+//! `commit`; what a round holds: `round`; who waits: `watermark`.
 
 mod commit;
 mod error;
@@ -33,6 +34,7 @@ mod recovery;
 mod rocks;
 mod round;
 mod run;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod watermark;
@@ -165,8 +167,7 @@ pub struct Store {
     committer: Arc<Committer>,
     rocks: Arc<Rocks>,
     queue_ids: Mutex<QueueIds>,
-    commit_thread: Mutex<Option<JoinHandle<()>>>,
-    reader: Mutex<Option<Reader>>,
+    threads: Mutex<Threads>,
 }
 
 struct QueueIds {
@@ -175,14 +176,18 @@ struct QueueIds {
     reserved: u64,
 }
 
-/// The one thread that reads for queues that must not wait for the disk.
-struct Reader {
-    jobs: mpsc::Sender<Box<dyn FnOnce() + Send>>,
-    thread: JoinHandle<()>,
+type ReadJob = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Threads {
+    commit: Option<JoinHandle<()>>,
+    /// Reads for queues that must not wait for the disk.
+    read: Option<(mpsc::Sender<ReadJob>, JoinHandle<()>)>,
+    sweep: Option<JoinHandle<()>>,
 }
 
 impl Store {
-    /// Opens a data directory, creating what is missing, and starts the store's two threads.
+    /// Opens a data directory, creating what is missing, and starts the store's threads.
     ///
     /// # Errors
     /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], or [`StoreError::Open`] with what RocksDB says.
@@ -191,28 +196,22 @@ impl Store {
         let recovered = recovery::recover(&rocks)?;
         let next = recovered.next_queue_id;
         let committer = Arc::new(Committer::new(Arc::clone(&rocks), options));
-        let commit_thread = {
-            let committer = Arc::clone(&committer);
-            spawn("store-commit", move || committer.run()).map_err(|error| rocks.open_error(error))?
-        };
-        let (jobs, accepted) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
-        let thread = spawn("store-reader", move || {
-            for job in accepted {
-                run_guarded("a read of a queue", job);
-            }
-        });
-        let thread = thread.map_err(|error| {
-            committer.stop(true);
-            rocks.open_error(error)
-        })?;
-        let store = Store {
-            committer,
-            rocks,
-            queue_ids: Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK }),
-            commit_thread: Mutex::new(Some(commit_thread)),
-            reader: Mutex::new(Some(Reader { jobs, thread })),
-        };
-        Ok((Arc::new(store), recovered))
+        let queue_ids = Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK });
+        let store = Arc::new(Store { committer, rocks, queue_ids, threads: Mutex::default() });
+        store.start().map_err(|error| store.rocks.open_error(error))?;
+        Ok((store, recovered))
+    }
+
+    fn start(&self) -> std::io::Result<()> {
+        let mut threads = self.threads.lock();
+        let committer = Arc::clone(&self.committer);
+        threads.commit = Some(spawn("store-commit", move || committer.run())?);
+        let (jobs, accepted) = mpsc::channel::<ReadJob>();
+        let read = || accepted.into_iter().for_each(|job| run_guarded("a read of a queue", job));
+        threads.read = Some((jobs, spawn("store-reader", read)?));
+        let rocks = Arc::clone(&self.rocks);
+        threads.sweep = Some(spawn("store-sweep", move || rocks.sweep_deleted())?);
+        Ok(())
     }
 
     /// An id that no queue of this data directory has had (S5).
@@ -331,11 +330,16 @@ impl Store {
 
     /// Runs `job` on the store's reader thread, after the jobs before it. After [`Store::shutdown`] it is dropped.
     pub fn spawn_read(&self, job: Box<dyn FnOnce() + Send>) {
-        let jobs = self.reader.lock().as_ref().map(|reader| reader.jobs.clone());
-        if let Some(jobs) = jobs {
+        if let Some((jobs, _)) = &self.threads.lock().read {
             // Fails only if the thread is gone, and then so is the store.
             let _ = jobs.send(job);
         }
+    }
+
+    /// Free bytes on the volume of the data directory, for what the process may use; `None` when the system does not say.
+    pub fn free_disk_bytes(&self) -> Option<u64> {
+        let volume = rustix::fs::statvfs(self.rocks.path()).ok()?;
+        Some(volume.f_bavail.saturating_mul(volume.f_frsize))
     }
 
     pub fn stats(&self) -> StoreStats {
@@ -358,14 +362,15 @@ impl Store {
     }
 
     fn stop(&self, commit: bool) -> Result<(), StoreError> {
+        let Threads { commit: commit_thread, read, sweep } = std::mem::take(&mut *self.threads.lock());
         self.committer.stop(commit);
-        if let Some(thread) = self.commit_thread.lock().take() {
-            join(thread);
-        }
-        if let Some(Reader { jobs, thread }) = self.reader.lock().take() {
+        commit_thread.into_iter().for_each(join);
+        if let Some((jobs, thread)) = read {
             drop(jobs);
             join(thread);
         }
+        self.rocks.stop_sweeping();
+        sweep.into_iter().for_each(join);
         let round = self.watermark();
         let failed = |reason| StoreError::RoundFailed { round, reason };
         self.rocks.close().map_err(|error| failed(error.into_string()))?;

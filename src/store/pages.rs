@@ -71,6 +71,12 @@ impl Pages {
         self.queues.read().contains(&queue).then(|| OpenPages { db: self.db.read() })
     }
 
+    pub fn cancel_background_work(&self) {
+        if let Some(db) = &*self.db.read() {
+            db.cancel_all_background_work(false);
+        }
+    }
+
     pub fn close(&self) {
         if let Some(db) = self.db.write().take() {
             db.cancel_all_background_work(true);

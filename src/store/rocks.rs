@@ -21,10 +21,11 @@ use rocksdb::{
 
 use super::pages::Pages;
 use super::round::{Families, RoundBuilder};
+use super::sweep::Sweeper;
 use super::{StoreError, StoreOptions, key};
 
 /// Runs of at least this size are kept apart from their keys.
-const MIN_BLOB_BYTES: u64 = 512;
+const MIN_BLOB_BYTES: u64 = 1024;
 
 /// Blob files are closed at this size (or when the memtable that is flushed ends).
 const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
@@ -43,6 +44,7 @@ pub(super) struct Rocks {
     path: PathBuf,
     db: RwLock<Option<DB>>,
     pages: Pages,
+    sweeper: Sweeper,
     damaged: AtomicU64,
     sync: bool,
 }
@@ -73,7 +75,14 @@ impl Rocks {
         let db = DB::open_cf_descriptors(&base, &path, descriptors).map_err(failed)?;
         let pages_base = database_options(&buffers).map_err(failed)?;
         let pages = Pages::new(&path, pages_base, log_family(options, &cache));
-        Ok(Rocks { path, db: RwLock::new(Some(db)), pages, damaged: AtomicU64::new(0), sync: options.sync })
+        Ok(Rocks {
+            path,
+            db: RwLock::new(Some(db)),
+            pages,
+            sweeper: Sweeper::default(),
+            damaged: AtomicU64::new(0),
+            sync: options.sync,
+        })
     }
 
     /// Runs `work` on the open database; it stays open for so long.
@@ -104,6 +113,7 @@ impl Rocks {
         if !batch.is_empty() {
             self.write_batch(db, batch).map_err(|error| format!("writing and syncing the log: {error}"))?;
         }
+        self.sweeper.note(round.deleted_segments());
         Ok(bytes + page_bytes)
     }
 
@@ -115,6 +125,19 @@ impl Rocks {
 
     pub fn pages(&self) -> &Pages {
         &self.pages
+    }
+
+    pub fn sweeper(&self) -> &Sweeper {
+        &self.sweeper
+    }
+
+    /// Ends the sweeping thread, in the middle of a compaction if need be. Nothing can be written afterwards.
+    pub fn stop_sweeping(&self) {
+        self.sweeper.stop();
+        if let Some(db) = &*self.db.read() {
+            db.cancel_all_background_work(false);
+        }
+        self.pages.cancel_background_work();
     }
 
     /// Waits for running reads and closes the database, with everything that was written synced.
@@ -216,9 +239,6 @@ fn log_family(options: &StoreOptions, cache: &Cache) -> Options {
     family.set_min_blob_size(MIN_BLOB_BYTES);
     family.set_blob_file_size(BLOB_FILE_BYTES);
     family.set_blob_compression_type(DBCompressionType::Lz4);
-    family.set_enable_blob_gc(true);
-    family.set_blob_gc_age_cutoff(0.5);
-    family.set_blob_gc_force_threshold(0.7);
     family.set_block_based_table_factory(&table_options(cache, 16 * 1024));
     family
 }

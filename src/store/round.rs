@@ -176,6 +176,15 @@ impl RoundBuilder {
         })
     }
 
+    /// Segments that are deleted with this round; for a deleted queue, all there may be.
+    pub(super) fn deleted_segments(&self) -> impl Iterator<Item = (QueueId, u64, u64)> {
+        self.log.changes.iter().filter_map(|change| match change {
+            Change::DeleteSegments { queue, from, until } => Some((*queue, *from, *until)),
+            Change::DeleteQueue { queue } => Some((*queue, 0, u64::MAX / SEGMENT_RECORDS)),
+            _ => None,
+        })
+    }
+
     /// The queues that end with this round.
     pub(super) fn deleted_queues(&self) -> impl Iterator<Item = QueueId> {
         self.pages.changes.iter().filter_map(|change| match change {

@@ -90,6 +90,8 @@ async fn a_connection_lost_with_many_channels_and_consumers_frees_them_all() {
     let mut lost = broker.peer().await;
     for number in 2..30 {
         lost.open_channel(number).await;
+    }
+    for number in 2..30 {
         lost.send(
             number,
             AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume {

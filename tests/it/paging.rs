@@ -84,6 +84,7 @@ async fn a_mixed_backlog_comes_back_in_order_while_more_is_published() {
     for number in 0..2048 {
         publish(&mut peer, "q", number..number + 1, number % 2 == 0).await;
     }
+    peer.nothing_more(1).await;
     let mut publisher = broker.peer().await;
     let publishing = tokio::spawn(async move {
         for number in 2048..4096 {

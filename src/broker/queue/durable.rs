@@ -16,8 +16,8 @@ use crate::{
 
 /// Positions read from the store in one go.
 const READ_RECORDS: u64 = 16 << 10;
-/// Consumed segments at the head that are worth a range delete.
-const DELETE_SEGMENTS: u64 = 8;
+/// Bytes in memory for which the sweep asks a queue to page out.
+const MIN_EVICTION_BYTES: usize = 16 << 10;
 /// Bytes of transient records paged out in one round.
 const PAGE_OUT_BYTES: usize = 32 << 20;
 
@@ -42,7 +42,7 @@ impl Queue {
 
     /// Has consumption of stored messages written, in a round nobody waits for.
     pub(super) fn note_consumption(self: &Arc<Self>, state: &mut QueueState) {
-        if state.consumption_unwritten && state.in_store && !state.deleted {
+        if state.has_news() {
             self.mark_dirty(state);
         }
         if let Some(seq) = state.log.read_ahead() {
@@ -62,7 +62,7 @@ impl Queue {
     /// Asks for a round when the queue holds memory others need. Called by the sweep.
     pub fn offer_eviction(self: &Arc<Self>) {
         let mut state = self.state.lock();
-        if state.log.resident_bytes() > 2 * CHUNK_BYTES && !state.deleted {
+        if state.log.resident_bytes() > MIN_EVICTION_BYTES && !state.deleted {
             self.mark_dirty(&mut state);
         }
     }
@@ -134,10 +134,9 @@ impl Queue {
                 round.put_consumed(self.id, segment, &ranges);
             }
         }
-        let consumed_segments = head_segment - state.deleted_segments;
-        if consumed_segments >= DELETE_SEGMENTS || (consumed_segments > 0 && head == state.log.tail()) {
-            round.delete_segments(self.id, state.deleted_segments, head_segment);
-            state.deleted_segments = head_segment;
+        if let Some((from, until)) = state.segments_to_delete() {
+            round.delete_segments(self.id, from, until);
+            state.deleted_segments = until;
         }
         state.consumption_unwritten = false;
     }
@@ -164,6 +163,7 @@ impl RoundSource for Queue {
             self.drain_consumption(state, round);
             if self.options.durable {
                 round.put_state(self.id, &state.record());
+                state.delivered_written = state.log.next();
             }
         }
         if self.budget.is_over() {

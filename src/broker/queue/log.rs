@@ -270,13 +270,15 @@ impl QueueLog {
         }
     }
 
-    /// The chunks that may leave memory: neither the last one, nor the two the cursor needs first.
-    fn evictable(&self, committed_to: u64) -> std::ops::Range<usize> {
+    /// The chunks that may leave memory, the last one first: neither the last of all, nor the two the cursor needs
+    /// first. Those before the cursor hold only what is unacked, which is read back if it is returned.
+    fn evictable(&self, committed_to: u64) -> impl Iterator<Item = usize> + use<> {
         let cursor = self.returned.first().unwrap_or(self.next);
         let first = self.chunks.partition_point(|chunk| chunk.end() <= cursor);
         let near = if self.returned.is_empty() { first + 2 } else { first + 1 };
         let until = self.chunks.partition_point(|chunk| chunk.end() <= committed_to);
-        near..until.min(self.chunks.len().saturating_sub(1)).max(near)
+        let until = until.min(self.chunks.len().saturating_sub(1));
+        (near..until).rev().chain((0..first.min(until)).rev())
     }
 
     /// Hands the transient records of evictable chunks to `each`, so that [`QueueLog::evict`] may drop the chunks.
@@ -288,7 +290,7 @@ impl QueueLog {
         each: &mut dyn FnMut(u64, &[u8]),
     ) {
         let mut bytes = 0;
-        for index in self.evictable(committed_to).rev() {
+        for index in self.evictable(committed_to) {
             let chunk = &self.chunks[index];
             if chunk.transient > 0 && !chunk.paged {
                 self.each_live(chunk, chunk.first(), scratch, false, each);
@@ -301,10 +303,10 @@ impl QueueLog {
         }
     }
 
-    /// Drops evictable chunks, those needed last first, until the budget holds. Answers whether any was dropped.
+    /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped.
     pub fn evict(&mut self, committed_to: u64) -> bool {
         let mut dropped = false;
-        for index in self.evictable(committed_to).rev() {
+        for index in self.evictable(committed_to) {
             if !self.budget.is_over() {
                 break;
             }

@@ -24,6 +24,9 @@ const DELIVERY_BUDGET: usize = 16 << 10;
 const CONGESTED_MESSAGES: u64 = 32 << 10;
 const CONGESTED_BYTES: u64 = 4 << 20;
 
+/// Consumed segments at the head that are worth a range delete.
+const DELETE_SEGMENTS: u64 = 8;
+
 /// How a call of [`QueueState::deliver_ready`] ended.
 pub(super) enum Turn {
     /// Nothing ready, or nobody to take it.
@@ -65,6 +68,8 @@ pub(super) struct QueueState {
     pub dirty: Option<Round>,
     /// Something is consumed that the store does not know of.
     pub consumption_unwritten: bool,
+    /// The delivery cursor as the store has it.
+    pub delivered_written: u64,
     /// Segments whose consumed set has to be written.
     pub dirty_segments: RangeSet,
     /// Segments before it are deleted in the store.
@@ -98,6 +103,7 @@ impl QueueState {
             committed_to: tail,
             dirty: None,
             consumption_unwritten: false,
+            delivered_written: 0,
             dirty_segments: RangeSet::default(),
             in_store: false,
             loading: false,
@@ -124,8 +130,25 @@ impl QueueState {
         self.log = QueueLog::recovered(budget, record.head, record.delivered, record.tail, consumed);
         self.written_to = self.log.tail();
         self.committed_to = self.log.tail();
+        self.delivered_written = self.log.next();
         self.deleted_segments = self.log.head() / SEGMENT_RECORDS;
         self.unopened = None;
+    }
+
+    /// Whether the store should hear what was handed out or consumed: what is unacked comes back redelivered after a
+    /// restart, and what is consumed gives its disk space back.
+    pub(super) fn has_news(&self) -> bool {
+        let handed_out = self.unacked_durable > 0 && self.log.next() > self.delivered_written;
+        self.in_store
+            && !self.deleted
+            && (self.consumption_unwritten || handed_out || self.segments_to_delete().is_some())
+    }
+
+    /// Consumed segments before the head, once they are worth a range delete.
+    pub(super) fn segments_to_delete(&self) -> Option<(u64, u64)> {
+        let (from, until) = (self.deleted_segments, self.log.head() / SEGMENT_RECORDS);
+        let worth_it = until - from >= DELETE_SEGMENTS || (until > from && self.log.head() == self.log.tail());
+        worth_it.then_some((from, until))
     }
 
     pub(super) fn counts(&self) -> Counts {

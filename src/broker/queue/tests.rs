@@ -19,7 +19,7 @@ use super::{
 use crate::{
     broker::{
         message::{Body, encode_names},
-        port::DeliveryWriter,
+        port::{Delivery, DeliveryWriter},
     },
     store::{CommitHook, StoreOptions},
 };
@@ -62,7 +62,13 @@ fn given(delivery: &Delivery<'_>) -> Given {
     let body = delivery.message.body.as_slice();
     let id = u64::from_le_bytes(*body.first_chunk().expect("every body begins with its id"));
     assert_eq!(body, body_of(id, body.len()), "body of message {id}");
-    Given { seq: delivery.seq, id, body_bytes: body.len() as u32, persistent: delivery.message.persistent, redelivered: delivery.redelivered }
+    Given {
+        seq: delivery.seq,
+        id,
+        body_bytes: body.len() as u32,
+        persistent: delivery.message.persistent,
+        redelivered: delivery.redelivered,
+    }
 }
 
 impl DeliveryWriter for &FakePort {
@@ -133,22 +139,51 @@ impl ModelConsumer {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Publish { count: usize, bytes: usize, persistent: u8 },
-    Consume { prefetch: u16, no_ack: bool, priority: i64 },
-    Cancel { which: usize },
+    Publish {
+        count: usize,
+        bytes: usize,
+        persistent: u8,
+    },
+    Consume {
+        prefetch: u16,
+        no_ack: bool,
+        priority: i64,
+    },
+    Cancel {
+        which: usize,
+    },
     /// Cancels and returns what it holds, as a channel that closes does.
-    Close { which: usize },
-    Settle { which: usize, from: usize, count: usize, requeue: bool },
-    Get { no_ack: bool },
-    SettleGot { from: usize, count: usize, requeue: bool },
-    Fill { which: usize },
-    Unblock { which: usize },
+    Close {
+        which: usize,
+    },
+    Settle {
+        which: usize,
+        from: usize,
+        count: usize,
+        requeue: bool,
+    },
+    Get {
+        no_ack: bool,
+    },
+    SettleGot {
+        from: usize,
+        count: usize,
+        requeue: bool,
+    },
+    Fill {
+        which: usize,
+    },
+    Unblock {
+        which: usize,
+    },
     Purge,
     Sweep,
     Flush,
     Restart,
     /// What comes after it up to the end of the list is in rounds that fail; then the broker is gone.
-    Crash { then: Vec<Step> },
+    Crash {
+        then: Vec<Step>,
+    },
 }
 
 fn quiet_step() -> impl Strategy<Value = Step> {
@@ -217,9 +252,20 @@ fn options(durable: bool) -> QueueOptions {
     QueueOptions { name: "q".into(), vhost: "/".into(), durable, auto_delete: false, exclusive_to: None, arguments }
 }
 
-fn open(directory: &std::path::Path, linger: Duration, failing: &Arc<Failing>) -> (Arc<Store>, crate::store::Recovered) {
+fn open(
+    directory: &std::path::Path,
+    linger: Duration,
+    failing: &Arc<Failing>,
+) -> (Arc<Store>, crate::store::Recovered) {
     let hook: Arc<dyn CommitHook> = failing.clone();
-    let options = StoreOptions { path: directory.to_owned(), sync: false, linger, hook: Some(hook), write_buffer_bytes: 1 << 20, ..StoreOptions::default() };
+    let options = StoreOptions {
+        path: directory.to_owned(),
+        sync: false,
+        linger,
+        hook: Some(hook),
+        write_buffer_bytes: 1 << 20,
+        ..StoreOptions::default()
+    };
     Store::open(options).expect("the store opens")
 }
 
@@ -254,7 +300,9 @@ impl Subject {
         let mut effects = Effects::default();
         match step {
             Step::Publish { count, bytes, persistent } => self.publish(count, bytes, persistent, &mut effects),
-            Step::Consume { prefetch, no_ack, priority } if self.consumers.len() < 6 => self.consume(prefetch, no_ack, priority, &mut effects),
+            Step::Consume { prefetch, no_ack, priority } if self.consumers.len() < 6 => {
+                self.consume(prefetch, no_ack, priority, &mut effects)
+            }
             Step::Consume { .. } => {}
             Step::Cancel { which } => drop(self.cancel(which, &mut effects)),
             Step::Close { which } => self.close(which, &mut effects),
@@ -340,7 +388,16 @@ impl Subject {
         self.next_slot += 1;
         let consumer = Consumer::new(port.clone(), Address { channel: 1, slot }, no_ack, false, priority, prefetch);
         let id = self.queue.consume(consumer).expect("nothing is exclusive");
-        self.consumers.push(ModelConsumer { id, slot, port, no_ack, prefetch, priority, stopped: false, held: Vec::new() });
+        self.consumers.push(ModelConsumer {
+            id,
+            slot,
+            port,
+            no_ack,
+            prefetch,
+            priority,
+            stopped: false,
+            held: Vec::new(),
+        });
         self.queue.unblock(id, effects);
     }
 
@@ -378,8 +435,10 @@ impl Subject {
         if done.is_empty() {
             return;
         }
-        let settled: Vec<Settled> =
-            done.iter().map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: given.persistent }).collect();
+        let settled: Vec<Settled> = done
+            .iter()
+            .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: given.persistent })
+            .collect();
         if requeue {
             for (_, message) in done {
                 let at = self.ready.partition_point(|ready| ready.id < message.id);
@@ -416,7 +475,11 @@ impl Subject {
     fn pop(&mut self, given: Given) -> Msg {
         let message = self.ready.pop_front().expect("a message is handed out that is not ready");
         let expected = (message.id, message.bytes as u32, message.persistent && self.durable, message.handed_out);
-        assert_eq!((given.id, given.body_bytes, given.persistent, given.redelivered), expected, "id, size, persistent, redelivered");
+        assert_eq!(
+            (given.id, given.body_bytes, given.persistent, given.redelivered),
+            expected,
+            "id, size, persistent, redelivered"
+        );
         Msg { handed_out: true, ..message }
     }
 
@@ -432,7 +495,10 @@ impl Subject {
         };
         assert!(self.consumers[at].is_able(), "a delivery beyond prefetch, or to a consumer that was stopped");
         let priority = self.consumers[at].priority;
-        assert!(self.consumers.iter().all(|other| other.priority <= priority || !other.is_able()), "a consumer of higher priority was passed over");
+        assert!(
+            self.consumers.iter().all(|other| other.priority <= priority || !other.is_able()),
+            "a consumer of higher priority was passed over"
+        );
         let message = self.pop(given);
         if !self.consumers[at].no_ack {
             self.consumers[at].held.push((given, message));
@@ -453,7 +519,11 @@ impl Subject {
         }
         self.take_events();
         let able = self.consumers.iter().filter(|consumer| consumer.is_able()).count();
-        assert!(self.ready.is_empty() || able == 0, "{} messages wait, and {able} consumers could take them", self.ready.len());
+        assert!(
+            self.ready.is_empty() || able == 0,
+            "{} messages wait, and {able} consumers could take them",
+            self.ready.len()
+        );
         let held = || self.consumers.iter().flat_map(|consumer| &consumer.held).chain(&self.got);
         let expected = Counts {
             ready: self.ready.len() as u64,
@@ -464,9 +534,13 @@ impl Subject {
         };
         assert_eq!(self.queue.counts(), expected);
         if self.durable {
-            let durable = self.ready.iter().chain(held().map(|(_, message)| message)).filter(|message| message.persistent);
+            let durable =
+                self.ready.iter().chain(held().map(|(_, message)| message)).filter(|message| message.persistent);
             let record = self.queue.open().record();
-            assert_eq!((record.message_count, record.message_bytes), durable.fold((0, 0), |(count, bytes), message| (count + 1, bytes + message.bytes as u64)));
+            assert_eq!(
+                (record.message_count, record.message_bytes),
+                durable.fold((0, 0), |(count, bytes), message| (count + 1, bytes + message.bytes as u64))
+            );
         }
     }
 
@@ -478,8 +552,10 @@ impl Subject {
     }
 
     fn what_survives(&self) -> VecDeque<Msg> {
-        let held = self.consumers.iter().flat_map(|consumer| &consumer.held).chain(&self.got).map(|(_, message)| message);
-        let mut all: Vec<Msg> = self.ready.iter().chain(held).filter(|message| message.persistent && self.durable).cloned().collect();
+        let held =
+            self.consumers.iter().flat_map(|consumer| &consumer.held).chain(&self.got).map(|(_, message)| message);
+        let mut all: Vec<Msg> =
+            self.ready.iter().chain(held).filter(|message| message.persistent && self.durable).cloned().collect();
         all.sort_unstable_by_key(|message| message.id);
         all.into()
     }
@@ -566,20 +642,32 @@ fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
     let mut subject = Subject::new(1 << 30, Duration::ZERO, true);
     subject.run(Step::Publish { count: 30, bytes: 1_000, persistent: 2 });
     subject.run(Step::Consume { prefetch: 5, no_ack: false, priority: 0 });
-    let (consumers, ready) = subject.queue.delete(|counts| {
-        assert_eq!((counts.ready, counts.unacked, counts.consumers), (25, 5, 1));
-        Ok(())
-    }).expect("nobody objects").expect("it was there");
+    let (consumers, ready) = subject
+        .queue
+        .delete(|counts| {
+            assert_eq!((counts.ready, counts.unacked, counts.consumers), (25, 5, 1));
+            Ok(())
+        })
+        .expect("nobody objects")
+        .expect("it was there");
     assert_eq!((consumers.len(), ready), (1, 25));
     assert_eq!((subject.queue.counts(), subject.budget.used_bytes()), (Counts::default(), 0));
     let mut effects = Effects::default();
     let held = std::mem::take(&mut subject.consumers[0].held);
-    let settled: Vec<Settled> = held.iter().map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true }).collect();
+    let settled: Vec<Settled> = held
+        .iter()
+        .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true })
+        .collect();
     subject.queue.settle(Some(subject.consumers[0].id), &settled, Settlement::Requeue, &mut effects);
     let names = encode_names(b"", b"q");
     let message = Message { names: &names, properties: &[0, 0], body: Body::Inline(b"late"), persistent: true };
     assert_eq!(subject.queue.publish(&[message], &mut effects), 0);
-    assert!(!subject.queue.get(&(subject.getter.clone() as Arc<dyn Port>), Address { channel: 1, slot: 0 }, true, &mut effects));
+    assert!(!subject.queue.get(
+        &(subject.getter.clone() as Arc<dyn Port>),
+        Address { channel: 1, slot: 0 },
+        true,
+        &mut effects
+    ));
     assert_eq!((subject.queue.purge(), subject.queue.counts()), (0, Counts::default()));
     let late = Consumer::new(subject.getter.clone(), Address { channel: 1, slot: 0 }, true, false, 0, 0);
     assert!(matches!(subject.queue.consume(late), Err(BrokerError::QueueNotFound { .. })));
@@ -630,7 +718,13 @@ struct LogSubject {
 impl LogSubject {
     fn new() -> LogSubject {
         let budget = Arc::new(MemoryBudget::new(0));
-        LogSubject { log: QueueLog::new(budget.clone()), budget, names: encode_names(b"x", b"key"), model: BTreeMap::new(), stored: BTreeMap::new() }
+        LogSubject {
+            log: QueueLog::new(budget.clone()),
+            budget,
+            names: encode_names(b"x", b"key"),
+            model: BTreeMap::new(),
+            stored: BTreeMap::new(),
+        }
     }
 
     fn nth(&self, at: usize, place: impl Fn(Place) -> bool) -> Option<u64> {
@@ -649,7 +743,8 @@ impl LogSubject {
                     let body = body_of(self.log.tail(), bytes);
                     let shared = Bytes::from(body.clone());
                     let body = if bytes < SHARED_BODY_BYTES { Body::Inline(&body) } else { Body::Shared(&shared) };
-                    let seq = self.log.append(&Message { names: &self.names, properties: &[0, 0], body, persistent }, 0, 0);
+                    let seq =
+                        self.log.append(&Message { names: &self.names, properties: &[0, 0], body, persistent }, 0, 0);
                     self.model.insert(seq, (Place::Ready { handed_out: false }, bytes, persistent));
                 }
             }
@@ -668,15 +763,23 @@ impl LogSubject {
             }
             LogStep::Purge => {
                 let purged: u64 = self.log.purge().into_iter().map(|(start, end)| end - start).sum();
-                let ready: Vec<u64> = self.model.iter().filter(|(_, (place, ..))| matches!(place, Place::Ready { .. })).map(|(seq, _)| *seq).collect();
+                let ready: Vec<u64> = self
+                    .model
+                    .iter()
+                    .filter(|(_, (place, ..))| matches!(place, Place::Ready { .. }))
+                    .map(|(seq, _)| *seq)
+                    .collect();
                 assert_eq!(purged, ready.len() as u64);
                 ready.into_iter().for_each(|seq| self.set(seq, Place::Consumed));
             }
             LogStep::Evict => {
                 let stored = &mut self.stored;
-                self.log.for_each_durable(0, &mut Vec::new(), &mut |seq, record| drop(stored.insert(seq, record.to_vec())));
+                self.log
+                    .for_each_durable(0, &mut Vec::new(), &mut |seq, record| drop(stored.insert(seq, record.to_vec())));
                 let committed_to = self.log.tail();
-                self.log.page_out(committed_to, usize::MAX, &mut Vec::new(), &mut |seq, record| drop(stored.insert(seq, record.to_vec())));
+                self.log.page_out(committed_to, usize::MAX, &mut Vec::new(), &mut |seq, record| {
+                    drop(stored.insert(seq, record.to_vec()))
+                });
                 self.log.evict(committed_to);
             }
         }
@@ -689,7 +792,11 @@ impl LogSubject {
             .model
             .iter()
             .find_map(|(&seq, &(place, ..))| (place == Place::Ready { handed_out: true }).then_some((seq, true)))
-            .or_else(|| self.model.iter().find_map(|(&seq, &(place, ..))| (place == Place::Ready { handed_out: false }).then_some((seq, false))));
+            .or_else(|| {
+                self.model.iter().find_map(|(&seq, &(place, ..))| {
+                    (place == Place::Ready { handed_out: false }).then_some((seq, false))
+                })
+            });
         let mut lost = 0;
         loop {
             match self.log.peek(&mut lost) {
@@ -706,7 +813,10 @@ impl LogSubject {
                 Peek::Ready { seq, redelivered, message } => {
                     assert_eq!(Some((seq, redelivered)), expected);
                     let (_, bytes, persistent) = self.model[&seq];
-                    assert_eq!((message.body.as_slice(), message.persistent, message.names), (&body_of(seq, bytes)[..], persistent, &self.names[..]));
+                    assert_eq!(
+                        (message.body.as_slice(), message.persistent, message.names),
+                        (&body_of(seq, bytes)[..], persistent, &self.names[..])
+                    );
                     self.log.take(seq, redelivered);
                     break;
                 }
@@ -722,13 +832,14 @@ impl LogSubject {
         assert_eq!(self.log.head(), head);
         assert!(self.log.head() <= self.log.next() && self.log.next() <= self.log.tail());
         for (&seq, &(place, ..)) in &self.model {
-            assert_eq!(self.log.is_consumed(seq), place == Place::Consumed);
+            assert_eq!(seq < self.log.head() || self.log.consumed().contains(seq), place == Place::Consumed);
         }
         assert_eq!(self.log.has_ready(), self.model.values().any(|(place, ..)| matches!(place, Place::Ready { .. })));
         let mut durable = Vec::new();
         self.log.for_each_durable(0, &mut Vec::new(), &mut |seq, _| durable.push(seq));
         let resident = |seq: &u64| self.log.is_resident(*seq);
-        let expected: Vec<u64> = self.model.iter().filter(|of| is_open(of) && of.1.2).map(|(seq, _)| *seq).filter(resident).collect();
+        let expected: Vec<u64> =
+            self.model.iter().filter(|of| is_open(of) && of.1.2).map(|(seq, _)| *seq).filter(resident).collect();
         assert_eq!(durable, expected);
         assert_eq!(self.budget.used_bytes(), self.log.resident_bytes());
         if head == self.log.tail() {
@@ -795,7 +906,11 @@ fn positions_without_a_record_are_passed_over_and_counted() {
     let mut log = QueueLog::recovered(budget.clone(), 10, 10, 20, &[]);
     let mut chunk = Chunk::new(10, 0, budget);
     let mut record = Vec::new();
-    record::encode(&mut record, &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true }, 0);
+    record::encode(
+        &mut record,
+        &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true },
+        0,
+    );
     chunk.append_record(12, &record);
     chunk.append_record(17, &record);
     chunk.append_record(18, b"not a record");
@@ -803,7 +918,9 @@ fn positions_without_a_record_are_passed_over_and_counted() {
     log.install(chunk);
     let mut lost = 0;
     for expected in [12, 17] {
-        let Peek::Ready { seq, redelivered: false, .. } = log.peek(&mut lost) else { panic!("position {expected} is there") };
+        let Peek::Ready { seq, redelivered: false, .. } = log.peek(&mut lost) else {
+            panic!("position {expected} is there")
+        };
         assert_eq!(seq, expected);
         log.take(seq, false);
         log.consume(seq);
@@ -819,7 +936,11 @@ fn a_chunk_knows_which_of_its_positions_are_absent() {
     let budget = Arc::new(MemoryBudget::new(0));
     let record = |body: &[u8], persistent| {
         let mut bytes = Vec::new();
-        record::encode(&mut bytes, &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(body), persistent }, 0);
+        record::encode(
+            &mut bytes,
+            &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(body), persistent },
+            0,
+        );
         bytes
     };
     let mut chunk = Chunk::new(100, 0, budget.clone());
@@ -850,7 +971,14 @@ fn a_chunk_knows_which_of_its_positions_are_absent() {
 // Consumers
 
 fn ring_consumer(no_ack: bool, priority: i64, prefetch: u16) -> Consumer {
-    Consumer::new(FakePort::new(&EventLog::default()), Address { channel: 1, slot: 0 }, no_ack, false, priority, prefetch)
+    Consumer::new(
+        FakePort::new(&EventLog::default()),
+        Address { channel: 1, slot: 0 },
+        no_ack,
+        false,
+        priority,
+        prefetch,
+    )
 }
 
 /// Hands out one delivery; answers the address slot of who got it.

@@ -87,6 +87,12 @@ impl TestBroker {
         assert!(panics.is_empty(), "the broker (of this test or another) has panicked at {panics:?}");
     }
 
+    /// Stops the broker with its clients still there.
+    pub async fn shut_down_politely(&mut self) {
+        self.server.take().unwrap().stop().await.unwrap();
+    }
+
+    /// Stops the broker after its peers have hung up.
     pub async fn shut_down(&mut self) {
         if let Some(server) = self.server.take() {
             server.addresses().into_iter().for_each(hang_up);

@@ -534,6 +534,18 @@ impl Peer {
         assert_eq!(self.frame_or_end().await, None);
     }
 
+    /// Every byte until the connection ends.
+    pub async fn rest(&mut self) -> Vec<u8> {
+        while timeout(LIMIT, self.read_block()).await.expect("the connection goes on").unwrap_or(0) > 0 {}
+        self.read.split_off(self.at)
+    }
+
+    /// [`Peer::expect_drop`], within `limit`.
+    pub async fn expect_drop_after(&mut self, limit: Duration) {
+        let took = self.expect_drop().await;
+        assert!(took < limit, "{took:?}");
+    }
+
     /// The socket ends without a word. Answers how long that took.
     pub async fn expect_drop(&mut self) -> Duration {
         let begun = std::time::Instant::now();

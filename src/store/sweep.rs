@@ -1,0 +1,139 @@
+//! Giving disk space back.
+//!
+//! A deletion is a range tombstone in a memtable. RocksDB drops what it covers when a compaction happens to bring the
+//! two together, which it starts when enough is *written*: a queue that is drained and then left alone would keep its
+//! files. So a thread of the store's own compacts the key ranges that were deleted, some time after they were.
+//!
+//! # Why this is cheap
+//! Most of the log is in blob files, so the compaction moves keys alone, and a blob file with no live run left is dropped
+//! without being read. Only when more than half of all blob bytes are garbage (blob files that long and short-lived
+//! queues share) are live ones copied, so that a byte is copied about once in its life. RocksDB's own rule, to copy
+//! whatever is in the oldest files at every compaction, costs a backlog of a hundred queues six times its size.
+
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use rocksdb::{BottommostLevelCompaction, ColumnFamily, CompactOptions, DB};
+
+use super::rocks::Rocks;
+use super::{QueueId, SEGMENT_RECORDS, key};
+
+/// From the first deletion to the compaction: as many as possible are to share it.
+const DELAY: Duration = Duration::from_secs(10);
+
+/// More ranges than this are compacted as one.
+const MAX_RANGES: usize = 16;
+
+/// Less garbage than this is not worth copying anything.
+const MIN_GARBAGE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// Of the blob files that are in use: all bytes, and those of runs that were deleted.
+const LIVE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-size";
+const GARBAGE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-garbage-size";
+
+/// What was deleted since the last compaction.
+#[derive(Default)]
+pub(super) struct Sweeper {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Per queue, the segments from the first deleted to the last.
+    deleted: BTreeMap<QueueId, (u64, u64)>,
+    stop: bool,
+}
+
+impl Sweeper {
+    /// Remembers segments whose deletion is committed.
+    pub fn note(&self, deleted: impl Iterator<Item = (QueueId, u64, u64)>) {
+        let mut deleted = deleted.peekable();
+        if deleted.peek().is_none() {
+            return;
+        }
+        let mut state = self.state.lock();
+        for (queue, from, until) in deleted {
+            let range = state.deleted.entry(queue).or_insert((from, until));
+            *range = (range.0.min(from), range.1.max(until));
+        }
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// Lets [`Rocks::sweep_deleted`] end.
+    pub fn stop(&self) {
+        self.state.lock().stop = true;
+        self.wake.notify_one();
+    }
+
+    /// Waits for deletions, and a while longer. `None` when the store closes.
+    fn take(&self) -> Option<BTreeMap<QueueId, (u64, u64)>> {
+        let mut state = self.state.lock();
+        self.wake.wait_while(&mut state, |state| state.deleted.is_empty() && !state.stop);
+        self.wake.wait_while_for(&mut state, |state| !state.stop, DELAY);
+        (!state.stop).then(|| std::mem::take(&mut state.deleted))
+    }
+}
+
+impl Rocks {
+    /// The sweeping thread.
+    pub fn sweep_deleted(&self) {
+        while let Some(deleted) = self.sweeper().take() {
+            self.sweep(&deleted);
+        }
+    }
+
+    /// Gives back what only deleted records hold. Takes as long as it takes; ends early when the database closes.
+    pub fn sweep(&self, deleted: &BTreeMap<QueueId, (u64, u64)>) {
+        let paged = deleted.keys().find_map(|queue| self.pages().of(*queue));
+        if let Some((db, family)) = paged.as_ref().and_then(|pages| pages.family()) {
+            sweep_family(db, family, deleted);
+        }
+        drop(paged);
+        let swept = self.with(|db| {
+            if let Some(family) = db.cf_handle(key::LOG) {
+                sweep_family(db, family, deleted);
+            }
+            Ok(())
+        });
+        drop(swept); // closed meanwhile
+    }
+}
+
+fn sweep_family(db: &DB, family: &ColumnFamily, deleted: &BTreeMap<QueueId, (u64, u64)>) {
+    let mut options = CompactOptions::default();
+    options.set_exclusive_manual_compaction(false);
+    let first = |queue, segment: u64| key::numbered(queue, segment.saturating_mul(SEGMENT_RECORDS));
+    let mut ranges = deleted.iter().map(|(queue, (from, until))| (first(*queue, *from), first(*queue, *until)));
+    if deleted.len() <= MAX_RANGES {
+        for (from, until) in ranges {
+            db.compact_range_cf_opt(family, Some(from), Some(until), &options);
+        }
+    } else if let (Some((from, _)), Some((_, until))) = (ranges.next(), ranges.next_back()) {
+        db.compact_range_cf_opt(family, Some(from), Some(until), &options);
+    }
+    let number = |name: &CStr| db.property_int_value_cf(family, name).ok().flatten().unwrap_or(0);
+    let (live, garbage) = (number(LIVE_BLOB_BYTES), number(GARBAGE_BLOB_BYTES));
+    if garbage > MIN_GARBAGE_BYTES && garbage > live / 2 {
+        copy_live_blobs(db, family);
+    }
+}
+
+/// Copies the live runs out of the older half of the blob files, which can then be dropped.
+fn copy_live_blobs(db: &DB, family: &ColumnFamily) {
+    const COPY: [(&str, &str); 2] =
+        [("enable_blob_garbage_collection", "true"), ("blob_garbage_collection_age_cutoff", "0.5")];
+    if let Err(error) = db.set_options_cf(family, &COPY) {
+        tracing::warn!(%error, "blob files cannot be compacted");
+        return;
+    }
+    let mut options = CompactOptions::default();
+    options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+    db.compact_range_cf_opt(family, None::<&[u8]>, None::<&[u8]>, &options);
+    if let Err(error) = db.set_options_cf(family, &[("enable_blob_garbage_collection", "false")]) {
+        tracing::warn!(%error, "blob files are copied more often than they need to be");
+    }
+}
