@@ -4,7 +4,7 @@
 
 FROM rust:1-slim-bookworm AS build
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends clang g++ libclang-dev \
+    && apt-get install -y --no-install-recommends clang g++ libclang-dev make \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .

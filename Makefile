@@ -14,6 +14,7 @@ DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/leveret
 CRASH_ROUNDS ?= 200
 FUZZ_SECONDS ?= 600
 ARGS ?=
+PEERS ?=
 
 RUST_NEEDED := 1.91
 CARGO_FLAGS := --release --locked
@@ -88,9 +89,9 @@ fuzz: deps ## Feed random frames, tables and properties to the parsers (FUZZ_SEC
 	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test $(CARGO_FLAGS) --test fuzz -- --nocapture
 
 .PHONY: bench
-bench: build ## Measure the hot functions, then the broker beside those that are installed
+bench: build ## Measure the hot functions, then the broker beside others (PEERS="name=uri,pid ...")
 	cargo bench --locked
-	LEVERET_BIN='$(BIN)' benches/side_by_side.sh $(ARGS)
+	LEVERET_BIN='$(BIN)' tests/with_broker.sh bash -c 'benches/side_by_side.sh $(ARGS) "leveret=$$AMQP_URL,$$LEVERET_PID" $(PEERS)'
 
 .PHONY: lint
 lint: deps ## Clippy, every warning an error

@@ -61,7 +61,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         on_command_line: true,
         value_name: "ADDRESS",
         default: "0.0.0.0",
-        help: "IP addresses to listen on, with commas between them. '::' takes IPv6 and, on most systems, IPv4 too",
+        help: "IP addresses to listen on, with commas between them. '::' takes IPv6 alone",
         heading: "Listening",
         apply: |draft, value| {
             let bind = value.list(|item| item.parse().ok(), "IP addresses, such as 127.0.0.1 or ::1")?;

@@ -80,6 +80,7 @@ pub async fn serve(mut socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>)
         session,
         handle,
         registry: shared.registry.clone(),
+        read_bytes: 0,
     };
     connection.run(reader, deadline).await;
 }
@@ -90,6 +91,8 @@ struct Connection {
     handle: Arc<Handle>,
     registry: Arc<Registry>,
     writer: Option<JoinHandle<()>>,
+    /// Bytes of the last read.
+    read_bytes: usize,
 }
 
 impl Drop for Connection {
@@ -160,6 +163,7 @@ impl Connection {
                     Ok(Batch { read: 0, .. }) => return End::Peer(Ok(())),
                     Ok(Batch { read, step }) => {
                         self.handle.note_received();
+                        self.read_bytes = read;
                         if read >= BUSY_READ_BYTES {
                             tokio::task::yield_now().await;
                         }
@@ -182,22 +186,34 @@ impl Connection {
                 Step::More => break,
                 Step::Flush => return Some(End::Flush),
                 Step::Drop { later, reason } => return Some(End::Drop { later, reason }),
-                Step::Await(round) => {
-                    self.session.wait(round).await;
-                    let (used, next) = self.session.feed(carry);
-                    carry.drain(..used);
-                    step = next;
-                }
+                Step::Await(round) => self.session.wait(round).await,
+                Step::Drain => {}
             }
+            self.unclog().await;
+            if self.handle.is_commanded() || self.handle.outbox.is_closed() {
+                // Said by the read loop; what is unread is not handled any more.
+                break;
+            }
+            let (used, next) = self.session.feed(carry);
+            carry.drain(..used);
+            step = next;
         }
+        self.unclog().await;
         if self.session.take_published() {
-            if self.session.take_congested() {
+            if self.session.take_congested(self.read_bytes) {
                 // Bounded, so that consumers which are slow for good cost a publisher rate, never progress.
                 sleep(CONGESTION_PAUSE).await;
             }
             self.hold_back().await;
         }
         None
+    }
+
+    /// Waits until the client has read most of what waits for it.
+    async fn unclog(&self) {
+        while self.session.is_clogged() && !self.handle.outbox.is_closed() && !self.handle.is_commanded() {
+            sleep(HOLD_STEP).await;
+        }
     }
 
     /// Keeps a publisher from outrunning the memory budget, for a bounded time, or an alarm, for as long as it lasts; the

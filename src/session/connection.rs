@@ -8,10 +8,9 @@ use std::{net::IpAddr, sync::Arc};
 use amq_protocol::protocol::{AMQPClass, connection};
 
 use super::{
-    assembler::Assembler,
     channel::{Channel, ChannelState},
     channel_map::ChannelMap,
-    close::{CloseReason, Fault, describe_frame, undecodable},
+    close::{CloseReason, Fault},
     handshake,
     outbox::{Outbox, Remains, SettleBatch},
 };
@@ -19,15 +18,14 @@ use crate::{
     auth::{Authenticator, User},
     broker::{Broker, BrokerError, ConnectionId, Effects, Queue, Round, Settlement, Vhost},
     model::Name,
-    wire::{
-        self, Frame, Scan, frame,
-        hot::{self, HeaderView},
-        method::{self, MethodError},
-    },
+    wire::{self, Scan, frame, hot},
 };
 
-/// Body frames from this size on are taken in as they arrive, instead of once they are whole.
-const STREAMED_BODY_BYTES: usize = 16 << 10;
+/// Bytes waiting for a client from which on nothing is read from it: answers, returns and confirms are bounded by that,
+/// as deliveries are by the outbox's own mark.
+const CLOGGED_BYTES: usize = 4 << 20;
+/// Bytes published to queues whose consumers lag, after which the publisher is paused.
+const CONGESTED_BYTES: usize = 128 << 10;
 
 /// What a listener offers and refuses.
 #[derive(Clone, Debug)]
@@ -71,6 +69,8 @@ pub enum Step {
     More,
     /// Nothing more is handled before this round is durable; then [`Session::resume`].
     Await(Round),
+    /// Nothing more is handled before the client has read what waits for it: [`Session::is_clogged`].
+    Drain,
     /// Flush the outbox and close the socket.
     Flush,
     /// Close the socket without a word; after a pause if `later`.
@@ -87,9 +87,9 @@ pub(super) enum Answer {
 
 /// A body frame of which the beginning was handled.
 #[derive(Clone, Copy)]
-struct PartialBody {
-    channel: u16,
-    remaining: usize,
+pub(super) struct PartialBody {
+    pub(super) channel: u16,
+    pub(super) remaining: usize,
 }
 
 /// A round that has to be durable before anything more is handled, and what is then said.
@@ -120,12 +120,15 @@ pub struct Session {
     pub(super) exclusive: Vec<Arc<Queue>>,
     pub(super) effects: Effects,
     pub(super) settling: SettleBatch,
-    partial: Option<PartialBody>,
+    pub(super) partial: Option<PartialBody>,
     awaiting: Option<Awaiting>,
     /// Something was published since [`Session::take_published`].
     pub(super) published: bool,
+    congested_bytes: usize,
+    /// An answer has made the outbox large; set where one small method can ask for a lot.
+    pub(super) clogged: bool,
     /// A frame had no end where it should be; what follows cannot be read.
-    framing_lost: bool,
+    pub(super) framing_lost: bool,
 }
 
 /// What every connection's session is made from.
@@ -172,6 +175,8 @@ impl Session {
             partial: None,
             awaiting: None,
             published: false,
+            congested_bytes: 0,
+            clogged: false,
             framing_lost: false,
             broker,
             auth,
@@ -243,14 +248,33 @@ impl Session {
         self.client.blocked
     }
 
+    /// Whether so much waits for the client that nothing more should be read from it.
+    pub fn is_clogged(&self) -> bool {
+        self.outbox.waiting_bytes() > CLOGGED_BYTES
+    }
+
+    /// Stops the feed if what the last answer has added is too much.
+    pub(super) fn check_clogged(&mut self) {
+        self.clogged = self.is_clogged();
+    }
+
     /// Whether something was published since the last call.
     pub fn take_published(&mut self) -> bool {
         std::mem::take(&mut self.published)
     }
 
-    /// Whether a queue published to since the last call has consumers that do not keep up.
-    pub fn take_congested(&mut self) -> bool {
-        std::mem::take(&mut self.effects.congested)
+    /// Whether enough was published to queues whose consumers do not keep up that the publisher should pause.
+    /// `read_bytes` is what came in since the last call; a publisher of few bytes is never paused for them.
+    pub fn take_congested(&mut self, read_bytes: usize) -> bool {
+        if !std::mem::take(&mut self.effects.congested) {
+            return false;
+        }
+        self.congested_bytes += read_bytes;
+        let pause = self.congested_bytes >= CONGESTED_BYTES;
+        if pause {
+            self.congested_bytes = 0;
+        }
+        pause
     }
 
     pub(super) fn reply(&self, channel: u16, class: &AMQPClass) {
@@ -275,6 +299,9 @@ impl Session {
             }
             if self.phase == Phase::Closed {
                 break Step::Flush;
+            }
+            if std::mem::take(&mut self.clogged) {
+                break Step::Drain;
             }
             if self.framing_lost {
                 at = input.len();
@@ -332,191 +359,7 @@ impl Session {
         }
     }
 
-    /// Handles one frame, a run of hot ones, or a piece of a body. `used` stays 0 when more bytes are needed.
-    #[inline]
-    fn next(&mut self, input: &[u8], used: &mut usize) -> Result<(), (u16, Fault)> {
-        if let Some(partial) = self.partial {
-            return self.continue_body(partial, input, used);
-        }
-        match wire::scan(input, self.frame_max) {
-            Scan::Frame(frame) => {
-                if frame.kind == frame::METHOD && self.phase == Phase::Running {
-                    let id = hot::method_id(frame.payload);
-                    if id == Some(hot::BASIC_PUBLISH) {
-                        if let Some(run) =
-                            self.publish_run(frame.channel, input).map_err(|fault| (frame.channel, fault))?
-                        {
-                            *used = run;
-                            return Ok(());
-                        }
-                    } else if matches!(id, Some(hot::BASIC_ACK | hot::BASIC_NACK | hot::BASIC_REJECT)) {
-                        return self.settle_run(frame.channel, input, used).map_err(|fault| (frame.channel, fault));
-                    }
-                }
-                *used = frame.wire_len();
-                self.on_frame(&frame).map_err(|fault| (frame.channel, fault))
-            }
-            Scan::Partial(head) => {
-                let have = input.len() - frame::HEAD_BYTES;
-                let streamed = head.kind == frame::BODY
-                    && head.size as usize >= STREAMED_BODY_BYTES
-                    && have >= STREAMED_BODY_BYTES;
-                if streamed && self.wants_body(head.channel) {
-                    *used = frame::HEAD_BYTES;
-                    self.partial = Some(PartialBody { channel: head.channel, remaining: head.size as usize });
-                }
-                Ok(())
-            }
-            Scan::Incomplete => Ok(()),
-            Scan::TooLarge(head) => {
-                let text = format!(
-                    "type {}, all octets = <<>>: {{frame_too_large,{},{}}}",
-                    head.kind,
-                    head.size,
-                    self.frame_max.saturating_sub(frame::OVERHEAD_BYTES as u32)
-                );
-                self.framing_lost = true;
-                Err((0, Fault::Connection(CloseReason::new(501, &text))))
-            }
-            Scan::BadEnd(frame, end) => {
-                let text = format!("{}: {{invalid_frame_end_marker,{end}}}", describe_frame(frame.kind, frame.payload));
-                self.framing_lost = true;
-                Err((0, Fault::Connection(CloseReason::new(501, &text))))
-            }
-        }
-    }
-
-    fn wants_body(&self, channel: u16) -> bool {
-        self.phase == Phase::Running && self.channels.get(channel).is_some_and(|channel| channel.assembler.wants_body())
-    }
-
-    /// Takes what is there of a body frame whose head was seen before.
-    fn continue_body(&mut self, partial: PartialBody, input: &[u8], used: &mut usize) -> Result<(), (u16, Fault)> {
-        let at_channel = |fault| (partial.channel, fault);
-        let take = partial.remaining.min(input.len());
-        if take > 0 {
-            *used = take;
-            self.partial = Some(PartialBody { remaining: partial.remaining - take, ..partial });
-            if let Some(channel) = self.channels.get_mut(partial.channel) {
-                channel.assembler.on_body(&input[..take]).map_err(at_channel)?;
-            }
-        }
-        if take < partial.remaining {
-            return Ok(());
-        }
-        let Some(&end) = input.get(take) else { return Ok(()) };
-        *used += 1;
-        self.partial = None;
-        if end != frame::FRAME_END {
-            let text = format!("{}: {{invalid_frame_end_marker,{end}}}", describe_frame(frame::BODY, &input[..take]));
-            self.framing_lost = true;
-            return Err((0, Fault::Connection(CloseReason::new(501, &text))));
-        }
-        self.finish_content(partial.channel).map_err(at_channel)
-    }
-
-    fn on_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        let describe = || describe_frame(frame.kind, frame.payload);
-        let unknown = || Err(Fault::Connection(CloseReason::new(501, &format!("{}: unknown_frame", describe()))));
-        if self.phase == Phase::AwaitOpen && frame.channel != 0 {
-            return Err(Fault::Connection(CloseReason::new(505, &describe())));
-        }
-        match (frame.kind, frame.channel) {
-            (frame::HEARTBEAT, _) if !frame.payload.is_empty() => unknown(),
-            (frame::METHOD, _) if frame.payload.len() < 4 => unknown(),
-            (frame::HEARTBEAT, 0) => Ok(()),
-            (frame::HEARTBEAT, _) | (frame::HEADER | frame::BODY, 0) => {
-                Err(Fault::Connection(CloseReason::new(505, &describe())))
-            }
-            (frame::METHOD, _) => self.on_method_frame(frame),
-            (frame::HEADER, _) => self.on_header_frame(frame),
-            (frame::BODY, _) => self.on_body_frame(frame),
-            _ => unknown(),
-        }
-    }
-
-    fn on_method_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        if let Some(channel) = self.channels.get(frame.channel)
-            && !channel.assembler.is_idle()
-            && self.phase == Phase::Running
-        {
-            return Err(channel.assembler.interrupted());
-        }
-        let class = match method::parse(frame.payload) {
-            Ok(class) => class,
-            Err(error) => return self.on_undecodable(frame, error),
-        };
-        match self.phase {
-            Phase::Running => self.on_method(frame.channel, frame.payload, class),
-            Phase::Closing => {
-                self.on_method_while_closing(&class);
-                Ok(())
-            }
-            Phase::Closed => Ok(()),
-            _ if frame.channel == 0 => self.on_handshake_method(class),
-            _ => Err(Fault::DropLater("method on a channel during the handshake".into())),
-        }
-    }
-
-    fn on_undecodable(&self, frame: &Frame<'_>, error: MethodError) -> Result<(), Fault> {
-        if self.phase == Phase::Closing {
-            return Ok(());
-        }
-        if self.phase != Phase::Running {
-            return Err(Fault::DropLater("undecodable method during the handshake".into()));
-        }
-        let reason = match error {
-            MethodError::Unknown => return Err(Fault::Drop("unknown class or method".into())),
-            MethodError::Table(_) => return Err(Fault::Drop("malformed field table".into())),
-            MethodError::NotUtf8 => CloseReason::new(501, "Malformed UTF-8 in shortstr"),
-            MethodError::Undecodable => return Err(undecodable(frame.payload)),
-        };
-        Err(Fault::Connection(reason))
-    }
-
-    fn on_header_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        let max_body_bytes = self.limits.max_message_bytes;
-        let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
-        let header = HeaderView::read(frame.payload).map_err(|_| {
-            Fault::Connection(CloseReason::new(
-                501,
-                &format!("{}: unknown_frame", describe_frame(frame.kind, frame.payload)),
-            ))
-        })?;
-        match channel.assembler.on_header(&header, max_body_bytes)? {
-            Some(message) => self.on_message(frame.channel, &message),
-            None => Ok(()),
-        }
-    }
-
-    fn on_body_frame(&mut self, frame: &Frame<'_>) -> Result<(), Fault> {
-        let Some(channel) = self.content_channel(frame)? else { return Ok(()) };
-        channel.assembler.on_body(frame.payload)?;
-        self.finish_content(frame.channel)
-    }
-
-    fn finish_content(&mut self, number: u16) -> Result<(), Fault> {
-        let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
-        match channel.assembler.finish() {
-            Some(message) => self.on_message(number, &message),
-            None => Ok(()),
-        }
-    }
-
-    /// The channel a content frame is for; `None` when it is to be ignored.
-    fn content_channel(&mut self, frame: &Frame<'_>) -> Result<Option<&mut Channel>, Fault> {
-        match self.phase {
-            Phase::Running => {}
-            Phase::Closing | Phase::Closed => return Ok(None),
-            _ => return Err(Fault::DropLater("content during the handshake".into())),
-        }
-        match self.channels.get_mut(frame.channel) {
-            Some(channel) => Ok(Some(channel)),
-            None => Err(Assembler::Method.interrupted()),
-        }
-    }
-
-    fn on_method_while_closing(&mut self, class: &AMQPClass) {
+    pub(super) fn on_method_while_closing(&mut self, class: &AMQPClass) {
         use connection::AMQPMethod as C;
         match class {
             AMQPClass::Connection(C::Close(_)) => {

@@ -9,6 +9,7 @@ mod channel_map;
 mod close;
 mod confirms;
 mod connection;
+mod frames;
 mod handshake;
 mod methods;
 mod outbox;

@@ -70,7 +70,7 @@ impl Session {
         }
         match deliver(&route, &run, self.broker.store_failure().is_some(), &mut self.effects) {
             Ok(round) => self.confirm(number, round),
-            Err(StoreFailed) => self.refuse(number),
+            Err(StoreFailed) => self.refuse(number)?,
         }
         Ok(Some(used))
     }
@@ -81,10 +81,16 @@ impl Session {
         }
     }
 
-    fn refuse(&mut self, number: u16) {
-        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get(number) {
-            self.outbox.refuse(number, *published);
+    /// Nacks what the store does not take; a publisher that asked for no confirms is told by the end of its connection.
+    fn refuse(&mut self, number: u16) -> Result<(), Fault> {
+        match self.channels.get(number) {
+            Some(Channel { mode: Mode::Confirm { published }, .. }) => self.outbox.refuse(number, *published),
+            _ => {
+                let reason = self.broker.store_failure().unwrap_or_default();
+                return Err(BrokerError::Store { reason }.into());
+            }
         }
+        Ok(())
     }
 
     /// Begins a `basic.publish` whose content is still to come.
@@ -161,8 +167,7 @@ impl Session {
             (Some(route), true) => route,
             _ => self.find_route(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
         };
-        self.enqueue(number, route, &outgoing, message.mandatory);
-        Ok(())
+        self.enqueue(number, route, &outgoing, message.mandatory)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all of it is what routing depends on")]
@@ -195,23 +200,35 @@ impl Session {
 
     /// Hands a routed message to its queues (or to the transaction), returns it if it is mandatory and has none, and
     /// confirms.
-    fn enqueue(&mut self, number: u16, route: CachedRoute, message: &Message<'_>, mandatory: bool) {
-        let Some(channel) = self.channels.get_mut(number) else { return };
+    fn enqueue(
+        &mut self,
+        number: u16,
+        route: CachedRoute,
+        message: &Message<'_>,
+        mandatory: bool,
+    ) -> Result<(), Fault> {
+        let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
         match &mut channel.mode {
-            Mode::Tx(transaction) => return transaction.publish(TxPublish::new(route, message, mandatory)),
+            Mode::Tx(transaction) => {
+                transaction.publish(TxPublish::new(route, message, mandatory));
+                return Ok(());
+            }
             Mode::Confirm { published } => *published += 1,
             Mode::Plain => {}
         }
         if route.is_empty() {
             if mandatory {
                 self.outbox.return_message(number, message);
+                self.check_clogged();
             }
-            return self.confirm(number, 0);
+            self.confirm(number, 0);
+            return Ok(());
         }
         match deliver(&route, std::slice::from_ref(message), self.broker.store_failure().is_some(), &mut self.effects) {
             Ok(round) => self.confirm(number, round),
-            Err(StoreFailed) => self.refuse(number),
+            Err(StoreFailed) => self.refuse(number)?,
         }
+        Ok(())
     }
 
     /// A message to a generated reply-to name goes straight to the requester.
@@ -454,12 +471,6 @@ fn check_expiration(expiration: &[u8]) -> Result<String, String> {
 pub(super) fn publish_to(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Round {
     let messages: SmallVec<[Message<'_>; 1]> = smallvec![*message];
     route.iter().map(|queue| queue.publish(&messages, effects)).max().unwrap_or(0)
-}
-
-impl From<StoreFailed> for BrokerError {
-    fn from(_: StoreFailed) -> Self {
-        BrokerError::Store { reason: "no durable message is accepted".into() }
-    }
 }
 
 #[cfg(test)]

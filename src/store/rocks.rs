@@ -34,7 +34,7 @@ const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
 const RECYCLED_WALS: usize = 4;
 
 /// Table and blob files that are kept open.
-const OPEN_FILES: i32 = 512;
+const OPEN_FILES: i32 = 128;
 
 /// What the `rocksdb` crate has no functions for.
 const UNBOUND_OPTIONS: &str = "avoid_flush_during_shutdown=true";

@@ -340,6 +340,8 @@ impl QueueState {
         } else {
             self.counts.unacked += handed.messages as u64;
             self.counts.unacked_bytes += handed.bytes;
+            // A restart must know that these were handed out: they come back as redelivered.
+            self.consumption_unwritten |= handed.durable > 0;
             self.unacked_durable += handed.durable;
             self.unacked_durable_bytes += handed.durable_bytes;
         }

@@ -153,6 +153,7 @@ impl Session {
             ));
         }
         let queue = vhost.queue_for(&name, self.id)?;
+        self.check_clogged();
         if !self.hand_out(number, &queue, no_ack) {
             return Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::GetEmpty(basic::GetEmpty {}))));
         }

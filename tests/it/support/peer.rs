@@ -246,6 +246,11 @@ impl Peer {
         assert_eq!(self.frame_or_end().await, None);
     }
 
+    /// The next method, whatever channel it is on.
+    pub async fn method_of_any_channel(&mut self) -> AMQPClass {
+        parse_class(self.frame().await.payload.as_slice()).unwrap().1
+    }
+
     /// A round trip; fails if anything else comes first. After it, all that was sent before was handled.
     pub async fn nothing_more(&mut self, number: u16) {
         let answer =
@@ -417,21 +422,36 @@ impl Peer {
     /// The next delivery.
     pub async fn delivery(&mut self, number: u16) -> Delivered {
         match self.method(number).await {
-            AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => {
-                let (properties, body) = self.content(number).await;
-                Delivered {
-                    consumer: deliver.consumer_tag.to_string(),
-                    tag: deliver.delivery_tag,
-                    redelivered: deliver.redelivered,
-                    exchange: deliver.exchange.to_string(),
-                    key: deliver.routing_key.to_string(),
-                    remaining: 0,
-                    properties,
-                    body,
-                }
-            }
+            AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => self.delivered(number, deliver).await,
             other => panic!("no delivery: {other:?}"),
         }
+    }
+
+    async fn delivered(&mut self, number: u16, deliver: basic::Deliver) -> Delivered {
+        let (properties, body) = self.content(number).await;
+        Delivered {
+            consumer: deliver.consumer_tag.to_string(),
+            tag: deliver.delivery_tag,
+            redelivered: deliver.redelivered,
+            exchange: deliver.exchange.to_string(),
+            key: deliver.routing_key.to_string(),
+            remaining: 0,
+            properties,
+            body,
+        }
+    }
+
+    /// Commit-ok and `count` deliveries, in whatever order.
+    pub async fn deliveries_around_commit_ok(&mut self, number: u16, count: usize) -> Vec<Delivered> {
+        let (mut deliveries, mut committed) = (Vec::new(), false);
+        while !committed || deliveries.len() < count {
+            match self.method(number).await {
+                AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => deliveries.push(self.delivered(number, deliver).await),
+                AMQPClass::Tx(tx::AMQPMethod::CommitOk(_)) => committed = true,
+                other => panic!("{other:?}"),
+            }
+        }
+        deliveries
     }
 
     pub async fn get(&mut self, number: u16, queue: &str, no_ack: bool) -> Option<Delivered> {
@@ -532,6 +552,11 @@ impl Peer {
         }
         self.send(0, AMQPClass::Connection(connection::AMQPMethod::CloseOk(connection::CloseOk {}))).await;
         assert_eq!(self.frame_or_end().await, None);
+    }
+
+    /// The next frame, or nothing if there is none for that long.
+    pub async fn frame_or_end_within(&mut self, limit: Duration) -> Option<Frame> {
+        timeout(limit, self.frame_or_end()).await.ok().flatten()
     }
 
     /// Every byte until the connection ends.

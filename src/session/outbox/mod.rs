@@ -4,29 +4,29 @@
 //! # Locks
 //! One mutex, after every queue's. Under it only leaf locks are taken (the store's list of waiters).
 
+mod channel;
+mod deliver;
+
 use std::sync::{
     Arc, Weak,
     atomic::{AtomicBool, Ordering},
 };
 
-use ahash::AHashMap;
 use amq_protocol::protocol::{AMQPClass, basic};
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use super::{
-    channel_map::ChannelMap,
-    confirms::ConfirmLedger,
-    unacked::{Unacked, UnackedRing, UnknownDeliveryTag},
-    write_buffer::WriteBuffer,
+pub use self::channel::{Remains, SettleBatch, Settler, Unblocked};
+
+use self::{
+    channel::{ChannelOut, Slot},
+    deliver::{Template, content},
 };
+use super::{channel_map::ChannelMap, unacked::Unacked, write_buffer::WriteBuffer};
 use crate::{
-    broker::{
-        Address, Body, Broker, ConsumerId, Delivery, DeliveryWriter, Effects, Message, Offer, Port, Queue, Round,
-        Settled, WatermarkListener,
-    },
+    broker::{Address, Broker, ConsumerId, DeliveryWriter, Effects, Message, Port, Queue, Round, WatermarkListener},
     model::Name,
-    wire::{encode, frame::FRAME_END, method},
+    wire::{encode, method},
 };
 
 /// Bytes after which consumers of the connection are blocked until the writer has caught up.
@@ -35,75 +35,6 @@ pub const HIGH_WATER_BYTES: usize = 512 << 10;
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
 /// Memory an idle connection's buffers may keep.
 const IDLE_BUFFER_BYTES: usize = 4 << 10;
-
-/// A consumer, or the target of a `basic.get`, on its channel.
-struct Slot {
-    queue: Option<Arc<Queue>>,
-    consumer: Option<ConsumerId>,
-    /// The consumer tag as a short string.
-    tag: Vec<u8>,
-    no_ack: bool,
-    /// `basic.consume-ok` is in the buffer, so deliveries may follow.
-    started: bool,
-    cancelled: bool,
-    unacked: u32,
-}
-
-#[derive(Default)]
-struct ChannelOut {
-    last_tag: u64,
-    unacked: UnackedRing,
-    slots: Vec<Option<Slot>>,
-    free_slots: Vec<u32>,
-    tags: AHashMap<Name, u32>,
-    /// Unacked deliveries of the whole channel; 0 is unlimited. `basic.qos` with `global`.
-    prefetch: u16,
-    blocked: Vec<u32>,
-    confirms: ConfirmLedger,
-    closing: bool,
-}
-
-/// The frames of the last delivery up to its body: the next one mostly differs in nothing but its tag.
-#[derive(Default)]
-struct Template {
-    to: Option<Address>,
-    names_len: usize,
-    properties_len: usize,
-    body_len: usize,
-    redelivered: bool,
-    tag_at: usize,
-    names_at: usize,
-    properties_at: usize,
-    bytes: Vec<u8>,
-}
-
-impl Template {
-    #[inline]
-    fn fits(&self, delivery: &Delivery<'_>) -> bool {
-        let message = &delivery.message;
-        self.to == Some(delivery.to)
-            && self.body_len == message.body.len()
-            && self.redelivered == delivery.redelivered
-            && self.bytes[self.names_at..self.names_at + self.names_len] == *message.names
-            && self.bytes[self.properties_at..self.properties_at + self.properties_len] == *message.properties
-    }
-
-    /// Takes over the frames just written: `written` begins with the method frame and ends before the body's bytes.
-    fn remember(&mut self, delivery: &Delivery<'_>, written: &[u8], consumer_tag_len: usize) {
-        let message = &delivery.message;
-        self.to = Some(delivery.to);
-        self.body_len = message.body.len();
-        self.redelivered = delivery.redelivered;
-        self.names_len = message.names.len();
-        self.properties_len = message.properties.len();
-        self.tag_at = 11 + consumer_tag_len;
-        self.names_at = self.tag_at + 9;
-        // Method frame end, header frame head, class, weight and body size stand between.
-        self.properties_at = self.names_at + self.names_len + 1 + 7 + 12;
-        self.bytes.clear();
-        self.bytes.extend_from_slice(written);
-    }
-}
 
 struct Inner {
     out: WriteBuffer,
@@ -126,42 +57,6 @@ pub struct Outbox {
     finished: AtomicBool,
     broker: Arc<Broker>,
     this: Weak<Outbox>,
-}
-
-/// Consumers that may have become able to take deliveries: their queues have to be told, with nothing locked.
-pub type Unblocked = Vec<(Arc<Queue>, ConsumerId)>;
-
-/// Settlements sorted into runs of one queue and consumer. Reused between batches.
-#[derive(Default)]
-pub struct SettleBatch {
-    pub deliveries: Vec<Settled>,
-    /// Queue, consumer and the end of the run in `deliveries`.
-    pub runs: Vec<(Arc<Queue>, Option<ConsumerId>, usize)>,
-    last_slot: Option<(u16, u32)>,
-    pub unblocked: Unblocked,
-}
-
-impl SettleBatch {
-    pub fn is_empty(&self) -> bool {
-        self.runs.is_empty() && self.unblocked.is_empty()
-    }
-
-    /// Empties the batch, keeping its memory.
-    pub fn clear(&mut self) {
-        self.deliveries.clear();
-        self.deliveries.shrink_to(16 << 10);
-        self.runs.clear();
-        self.unblocked.clear();
-        self.last_slot = None;
-    }
-}
-
-/// What a closing channel leaves behind.
-#[derive(Default)]
-pub struct Remains {
-    pub consumers: Vec<(Arc<Queue>, ConsumerId)>,
-    /// Unacked deliveries by queue, oldest first, to be requeued.
-    pub unacked: Vec<(Arc<Queue>, Vec<Settled>)>,
 }
 
 impl Outbox {
@@ -207,11 +102,6 @@ impl Outbox {
     /// Appends a method frame. The caller wakes the writer.
     pub fn push_method(&self, channel: u16, class: &AMQPClass) {
         method::write(&mut self.inner.lock().out.bytes, channel, class);
-    }
-
-    /// Whether bytes wait for the writer.
-    pub fn has_output(&self) -> bool {
-        !self.inner.lock().out.is_empty()
     }
 
     /// Bytes that wait for the writer.
@@ -332,11 +222,6 @@ impl Outbox {
     /// Whether the tag names a consumer of the channel.
     pub fn has_tag(&self, channel: u16, tag: &str) -> bool {
         self.inner.lock().channels.get(channel).is_some_and(|channel| channel.tags.contains_key(tag))
-    }
-
-    /// Consumers on a channel.
-    pub fn consumer_count(&self, channel: u16) -> usize {
-        self.inner.lock().channels.get(channel).map_or(0, |channel| channel.tags.len())
     }
 
     /// Reserves a slot for a consumer. Nothing is delivered to it before [`Outbox::start_consumer`].
@@ -510,218 +395,6 @@ impl Outbox {
 fn short(text: &str) -> amq_protocol::types::ShortString {
     let cut = &text[..text.floor_char_boundary(255)];
     amq_protocol::types::ShortString::try_new(cut).unwrap_or_default()
-}
-
-/// Content header and body.
-#[inline]
-fn content(out: &mut WriteBuffer, channel: u16, message: &Message<'_>, frame_max: u32) {
-    encode::content_header(&mut out.bytes, channel, message.body.len() as u64, message.properties);
-    match message.body {
-        Body::Inline(body) => encode::body_frames(&mut out.bytes, channel, body, frame_max),
-        Body::Shared(body) => out.body_frames(channel, body, frame_max),
-    }
-}
-
-/// A locked outbox, settling deliveries of one channel.
-pub struct Settler<'a> {
-    inner: MutexGuard<'a, Inner>,
-    channel: u16,
-}
-
-impl Settler<'_> {
-    /// Settles into `batch`.
-    ///
-    /// # Errors
-    /// [`UnknownDeliveryTag`]; nothing of this call is then settled.
-    #[inline]
-    pub fn settle(&mut self, tag: u64, multiple: bool, batch: &mut SettleBatch) -> Result<(), UnknownDeliveryTag> {
-        let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
-        let ChannelOut { unacked, slots, free_slots, .. } = out;
-        unacked.settle(tag, multiple, |unacked| note_settled(slots, free_slots, self.channel, &unacked, batch))?;
-        if out.prefetch > 0 {
-            out.take_blocked(&mut batch.unblocked);
-        }
-        Ok(())
-    }
-
-    /// Takes deliveries out without settling them yet, for a transaction.
-    ///
-    /// # Errors
-    /// [`UnknownDeliveryTag`].
-    pub fn take(&mut self, tag: u64, multiple: bool, taken: &mut Vec<Unacked>) -> Result<(), UnknownDeliveryTag> {
-        let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
-        out.unacked.settle(tag, multiple, |unacked| taken.push(unacked))
-    }
-}
-
-#[inline]
-fn note_settled(
-    slots: &mut [Option<Slot>],
-    free: &mut Vec<u32>,
-    channel: u16,
-    unacked: &Unacked,
-    batch: &mut SettleBatch,
-) {
-    let Some(entry) = slots.get_mut(unacked.slot as usize) else { return };
-    let Some(slot) = entry.as_mut() else { return };
-    slot.unacked = slot.unacked.saturating_sub(1);
-    batch.deliveries.push(Settled { seq: unacked.seq, body_bytes: unacked.body_bytes, persistent: unacked.persistent });
-    let end = batch.deliveries.len();
-    match batch.runs.last_mut() {
-        Some(run) if batch.last_slot == Some((channel, unacked.slot)) => run.2 = end,
-        _ => {
-            let Some(queue) = slot.queue.clone() else { return };
-            batch.runs.push((queue, slot.consumer, end));
-            batch.last_slot = Some((channel, unacked.slot));
-        }
-    }
-    if slot.cancelled && slot.unacked == 0 {
-        *entry = None;
-        free.push(unacked.slot);
-        batch.last_slot = None;
-    }
-}
-
-impl ChannelOut {
-    fn add_slot(&mut self, slot: Slot) -> u32 {
-        match self.free_slots.pop() {
-            Some(index) => {
-                self.slots[index as usize] = Some(slot);
-                index
-            }
-            None => {
-                self.slots.push(Some(slot));
-                self.slots.len() as u32 - 1
-            }
-        }
-    }
-
-    /// Frees a slot that no consumer and no delivery uses.
-    fn release_slot(&mut self, index: u32) {
-        let Some(entry) = self.slots.get_mut(index as usize) else { return };
-        if entry.as_ref().is_some_and(|slot| slot.cancelled && slot.unacked == 0) {
-            *entry = None;
-            self.free_slots.push(index);
-            self.blocked.retain(|&blocked| blocked != index);
-        }
-    }
-
-    fn note_settled(&mut self, channel: u16, unacked: &Unacked, batch: &mut SettleBatch) {
-        note_settled(&mut self.slots, &mut self.free_slots, channel, unacked, batch);
-    }
-
-    fn take_blocked(&mut self, unblocked: &mut Unblocked) {
-        for index in std::mem::take(&mut self.blocked) {
-            if let Some(Some(Slot { queue: Some(queue), consumer: Some(consumer), .. })) =
-                self.slots.get(index as usize)
-            {
-                unblocked.push((queue.clone(), *consumer));
-            }
-        }
-    }
-
-    fn into_remains(mut self) -> Remains {
-        let mut remains = Remains::default();
-        let mut by_slot: Vec<Vec<Settled>> = Vec::new();
-        by_slot.resize_with(self.slots.len(), Vec::new);
-        for unacked in self.unacked.drain() {
-            if let Some(deliveries) = by_slot.get_mut(unacked.slot as usize) {
-                deliveries.push(Settled {
-                    seq: unacked.seq,
-                    body_bytes: unacked.body_bytes,
-                    persistent: unacked.persistent,
-                });
-            }
-        }
-        for (slot, deliveries) in self.slots.into_iter().zip(by_slot) {
-            let Some(Slot { queue: Some(queue), consumer, cancelled, .. }) = slot else { continue };
-            if let (Some(consumer), false) = (consumer, cancelled) {
-                remains.consumers.push((queue.clone(), consumer));
-            }
-            if !deliveries.is_empty() {
-                remains.unacked.push((queue, deliveries));
-            }
-        }
-        remains
-    }
-}
-
-impl Inner {
-    #[inline]
-    fn offer(&mut self, delivery: &Delivery<'_>, get_remaining: Option<u64>) -> Offer {
-        let is_full = self.out.len() >= HIGH_WATER_BYTES;
-        let Address { channel: number, slot: index } = delivery.to;
-        let Some(channel) = self.channels.get_mut(number) else { return Offer::Gone };
-        if channel.closing || self.closed {
-            return Offer::Gone;
-        }
-        let Some(Some(slot)) = channel.slots.get_mut(index as usize) else { return Offer::Gone };
-        let message = &delivery.message;
-        let limited = !slot.no_ack && channel.prefetch > 0 && channel.unacked.len() >= usize::from(channel.prefetch);
-        if slot.queue.is_none() {
-            // A direct reply: there is no queue to hold it back in, so only a requester that does not read loses some.
-            if self.out.len() >= REPLY_LIMIT_BYTES {
-                return Offer::Gone;
-            }
-        } else if get_remaining.is_none() && (is_full || limited || !slot.started) {
-            self.full |= is_full;
-            channel.blocked.push(index);
-            return Offer::Blocked;
-        }
-        channel.last_tag += 1;
-        let tag = channel.last_tag;
-        if !slot.no_ack {
-            slot.unacked += 1;
-            channel.unacked.push(Unacked::new(tag, delivery.seq, index, message.body.len(), message.persistent));
-        }
-        let start = self.out.bytes.len();
-        match (get_remaining, message.body) {
-            (None, Body::Inline(body))
-                if !body.is_empty() && body.len() <= encode::body_payload_max(self.frame_max) =>
-            {
-                if self.template.fits(delivery) {
-                    self.out.bytes.extend_from_slice(&self.template.bytes);
-                    let tag_at = start + self.template.tag_at;
-                    self.out.bytes[tag_at..tag_at + 8].copy_from_slice(&tag.to_be_bytes());
-                } else {
-                    encode::basic_deliver(
-                        &mut self.out.bytes,
-                        number,
-                        &slot.tag,
-                        tag,
-                        delivery.redelivered,
-                        message.names,
-                    );
-                    encode::content_header(&mut self.out.bytes, number, body.len() as u64, message.properties);
-                    self.out.bytes.extend_from_slice(&encode::body_head(number, body.len()));
-                    self.template.remember(delivery, &self.out.bytes[start..], slot.tag.len());
-                }
-                self.out.bytes.extend_from_slice(body);
-                self.out.bytes.push(FRAME_END);
-                return Offer::Taken;
-            }
-            (None, _) => {
-                encode::basic_deliver(&mut self.out.bytes, number, &slot.tag, tag, delivery.redelivered, message.names)
-            }
-            (Some(remaining), _) => {
-                let remaining = u32::try_from(remaining).unwrap_or(u32::MAX);
-                encode::basic_get_ok(&mut self.out.bytes, number, tag, delivery.redelivered, message.names, remaining);
-            }
-        }
-        content(&mut self.out, number, message, self.frame_max);
-        Offer::Taken
-    }
-}
-
-impl DeliveryWriter for Inner {
-    #[inline]
-    fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer {
-        self.offer(delivery, None)
-    }
-
-    fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer {
-        self.offer(delivery, Some(remaining))
-    }
 }
 
 impl Port for Outbox {

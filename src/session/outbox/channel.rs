@@ -1,0 +1,202 @@
+//! A channel's side of the outbox: its consumers' slots, its unacked deliveries, and their settlement.
+
+use std::sync::Arc;
+
+use ahash::AHashMap;
+use parking_lot::MutexGuard;
+
+use super::Inner;
+use crate::{
+    broker::{ConsumerId, Queue, Settled},
+    model::Name,
+    session::{
+        confirms::ConfirmLedger,
+        unacked::{Unacked, UnackedRing, UnknownDeliveryTag},
+    },
+};
+
+/// A consumer, or the target of a `basic.get`, on its channel.
+pub(super) struct Slot {
+    pub(super) queue: Option<Arc<Queue>>,
+    pub(super) consumer: Option<ConsumerId>,
+    /// The consumer tag as a short string.
+    pub(super) tag: Vec<u8>,
+    pub(super) no_ack: bool,
+    /// `basic.consume-ok` is in the buffer, so deliveries may follow.
+    pub(super) started: bool,
+    pub(super) cancelled: bool,
+    pub(super) unacked: u32,
+}
+
+#[derive(Default)]
+pub(super) struct ChannelOut {
+    pub(super) last_tag: u64,
+    pub(super) unacked: UnackedRing,
+    pub(super) slots: Vec<Option<Slot>>,
+    pub(super) free_slots: Vec<u32>,
+    pub(super) tags: AHashMap<Name, u32>,
+    /// Unacked deliveries of the whole channel; 0 is unlimited. `basic.qos` with `global`.
+    pub(super) prefetch: u16,
+    pub(super) blocked: Vec<u32>,
+    pub(super) confirms: ConfirmLedger,
+}
+
+/// Consumers that may have become able to take deliveries: their queues have to be told, with nothing locked.
+pub type Unblocked = Vec<(Arc<Queue>, ConsumerId)>;
+
+/// Settlements sorted into runs of one queue and consumer. Reused between batches.
+#[derive(Default)]
+pub struct SettleBatch {
+    pub deliveries: Vec<Settled>,
+    /// Queue, consumer and the end of the run in `deliveries`.
+    pub runs: Vec<(Arc<Queue>, Option<ConsumerId>, usize)>,
+    last_slot: Option<(u16, u32)>,
+    pub unblocked: Unblocked,
+}
+
+impl SettleBatch {
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty() && self.unblocked.is_empty()
+    }
+
+    /// Empties the batch, keeping its memory.
+    pub fn clear(&mut self) {
+        self.deliveries.clear();
+        self.deliveries.shrink_to(16 << 10);
+        self.runs.clear();
+        self.unblocked.clear();
+        self.last_slot = None;
+    }
+}
+
+/// What a closing channel leaves behind.
+#[derive(Default)]
+pub struct Remains {
+    pub consumers: Vec<(Arc<Queue>, ConsumerId)>,
+    /// Unacked deliveries by queue, oldest first, to be requeued.
+    pub unacked: Vec<(Arc<Queue>, Vec<Settled>)>,
+}
+
+impl ChannelOut {
+    pub(super) fn add_slot(&mut self, slot: Slot) -> u32 {
+        match self.free_slots.pop() {
+            Some(index) => {
+                self.slots[index as usize] = Some(slot);
+                index
+            }
+            None => {
+                self.slots.push(Some(slot));
+                self.slots.len() as u32 - 1
+            }
+        }
+    }
+
+    /// Frees a slot that no consumer and no delivery uses.
+    pub(super) fn release_slot(&mut self, index: u32) {
+        let Some(entry) = self.slots.get_mut(index as usize) else { return };
+        if entry.as_ref().is_some_and(|slot| slot.cancelled && slot.unacked == 0) {
+            *entry = None;
+            self.free_slots.push(index);
+            self.blocked.retain(|&blocked| blocked != index);
+        }
+    }
+
+    pub(super) fn note_settled(&mut self, channel: u16, unacked: &Unacked, batch: &mut SettleBatch) {
+        note_settled(&mut self.slots, &mut self.free_slots, channel, unacked, batch);
+    }
+
+    pub(super) fn take_blocked(&mut self, unblocked: &mut Unblocked) {
+        for index in std::mem::take(&mut self.blocked) {
+            if let Some(Some(Slot { queue: Some(queue), consumer: Some(consumer), .. })) =
+                self.slots.get(index as usize)
+            {
+                unblocked.push((queue.clone(), *consumer));
+            }
+        }
+    }
+
+    pub(super) fn into_remains(mut self) -> Remains {
+        let mut remains = Remains::default();
+        let mut by_slot: Vec<Vec<Settled>> = Vec::new();
+        by_slot.resize_with(self.slots.len(), Vec::new);
+        for unacked in self.unacked.drain() {
+            if let Some(deliveries) = by_slot.get_mut(unacked.slot as usize) {
+                deliveries.push(Settled {
+                    seq: unacked.seq,
+                    body_bytes: unacked.body_bytes,
+                    persistent: unacked.persistent,
+                });
+            }
+        }
+        for (slot, deliveries) in self.slots.into_iter().zip(by_slot) {
+            let Some(Slot { queue: Some(queue), consumer, cancelled, .. }) = slot else { continue };
+            if let (Some(consumer), false) = (consumer, cancelled) {
+                remains.consumers.push((queue.clone(), consumer));
+            }
+            if !deliveries.is_empty() {
+                remains.unacked.push((queue, deliveries));
+            }
+        }
+        remains
+    }
+}
+
+#[inline]
+fn note_settled(
+    slots: &mut [Option<Slot>],
+    free: &mut Vec<u32>,
+    channel: u16,
+    unacked: &Unacked,
+    batch: &mut SettleBatch,
+) {
+    let Some(entry) = slots.get_mut(unacked.slot as usize) else { return };
+    let Some(slot) = entry.as_mut() else { return };
+    slot.unacked = slot.unacked.saturating_sub(1);
+    batch.deliveries.push(Settled { seq: unacked.seq, body_bytes: unacked.body_bytes, persistent: unacked.persistent });
+    let end = batch.deliveries.len();
+    match batch.runs.last_mut() {
+        Some(run) if batch.last_slot == Some((channel, unacked.slot)) => run.2 = end,
+        _ => {
+            let Some(queue) = slot.queue.clone() else { return };
+            batch.runs.push((queue, slot.consumer, end));
+            batch.last_slot = Some((channel, unacked.slot));
+        }
+    }
+    if slot.cancelled && slot.unacked == 0 {
+        *entry = None;
+        free.push(unacked.slot);
+        batch.last_slot = None;
+    }
+}
+
+/// A locked outbox, settling deliveries of one channel.
+pub struct Settler<'a> {
+    pub(super) inner: MutexGuard<'a, Inner>,
+    pub(super) channel: u16,
+}
+
+impl Settler<'_> {
+    /// Settles into `batch`.
+    ///
+    /// # Errors
+    /// [`UnknownDeliveryTag`]; nothing of this call is then settled.
+    #[inline]
+    pub fn settle(&mut self, tag: u64, multiple: bool, batch: &mut SettleBatch) -> Result<(), UnknownDeliveryTag> {
+        let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
+        let ChannelOut { unacked, slots, free_slots, .. } = out;
+        unacked.settle(tag, multiple, |unacked| note_settled(slots, free_slots, self.channel, &unacked, batch))?;
+        if out.prefetch > 0 {
+            out.take_blocked(&mut batch.unblocked);
+        }
+        Ok(())
+    }
+
+    /// Takes deliveries out without settling them yet, for a transaction.
+    ///
+    /// # Errors
+    /// [`UnknownDeliveryTag`].
+    pub fn take(&mut self, tag: u64, multiple: bool, taken: &mut Vec<Unacked>) -> Result<(), UnknownDeliveryTag> {
+        let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
+        out.unacked.settle(tag, multiple, |unacked| taken.push(unacked))
+    }
+}
