@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::{
     auth::Authenticator,
-    broker::Broker,
+    broker::{Broker, BrokerLimits},
     config::{Config, Durability},
     net::{Listener, Registry, Shared, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
@@ -64,8 +64,12 @@ impl Server {
             hook,
             ..StoreOptions::default()
         })?;
-        let memory_budget = usize::try_from(config.memory_budget_bytes).unwrap_or(usize::MAX);
-        let broker = Broker::new(store.clone(), recovered, memory_budget);
+        let limits = BrokerLimits {
+            memory_budget_bytes: usize::try_from(config.memory_budget_bytes).unwrap_or(usize::MAX),
+            disk_free_limit_bytes: config.disk_free_limit_bytes,
+        };
+        let broker = Broker::new(store.clone(), recovered, limits);
+        broker.sweep(); // an alarm that is due stands before the first client does
         for vhost in &config.vhosts {
             store.durable(broker.ensure_vhost(vhost)).await?;
         }

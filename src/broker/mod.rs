@@ -40,8 +40,15 @@ use crate::{
     store::{QueueId, Recovered, Store},
 };
 
-/// Free bytes on the data volume below which publishers are blocked; RabbitMQ's default.
-const DISK_FREE_LIMIT_BYTES: u64 = 50_000_000;
+/// How much the broker may use, and when it says stop.
+#[derive(Clone, Copy, Debug)]
+pub struct BrokerLimits {
+    /// Messages held in memory.
+    pub memory_budget_bytes: usize,
+    /// Free bytes on the data volume below which publishers are blocked; 0 is never.
+    pub disk_free_limit_bytes: u64,
+}
+
 /// Sweeps in a row that may find the memory budget exhausted before that is an alarm: paging gets its chance first.
 const EXHAUSTED_SWEEPS: u32 = 8;
 
@@ -50,6 +57,7 @@ pub struct Broker {
     vhosts: DashMap<Name, Arc<Vhost>>,
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
+    disk_free_limit_bytes: u64,
     alarms: Alarms,
     exhausted_sweeps: AtomicU32,
     /// Direct reply-to targets of this broker.
@@ -57,13 +65,13 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// A broker over an open store, with what the store has recovered. `memory_budget_bytes` bounds the messages held
-    /// in memory.
-    pub fn new(store: Arc<Store>, recovered: Recovered, memory_budget_bytes: usize) -> Arc<Self> {
+    /// A broker over an open store, with what the store has recovered.
+    pub fn new(store: Arc<Store>, recovered: Recovered, limits: BrokerLimits) -> Arc<Self> {
         let broker = Broker {
             vhosts: DashMap::new(),
             store,
-            budget: Arc::new(MemoryBudget::new(memory_budget_bytes)),
+            budget: Arc::new(MemoryBudget::new(limits.memory_budget_bytes)),
+            disk_free_limit_bytes: limits.disk_free_limit_bytes,
             alarms: Alarms::default(),
             exhausted_sweeps: AtomicU32::new(0),
             replies: ReplyRegistry::default(),
@@ -146,7 +154,7 @@ impl Broker {
     /// few times a second.
     pub fn sweep(&self) {
         if let Some(free) = self.store.free_disk_bytes() {
-            self.alarms.set(Alarm::Disk, free < DISK_FREE_LIMIT_BYTES);
+            self.alarms.set(Alarm::Disk, free < self.disk_free_limit_bytes);
         }
         let exhausted = self.budget.is_exhausted();
         let sweeps = if exhausted { self.exhausted_sweeps.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };

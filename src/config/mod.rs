@@ -54,6 +54,8 @@ pub struct Config {
     pub worker_threads: usize,
     /// What messages held in memory may take before queues page out.
     pub memory_budget_bytes: u64,
+    /// 0 turns the disk alarm off.
+    pub disk_free_limit_bytes: u64,
     pub amqp: AmqpConfig,
     pub store: StoreConfig,
     pub log: LogConfig,
@@ -195,6 +197,7 @@ impl Default for Draft {
             node_name,
             worker_threads: available_cores(),
             memory_budget_bytes: 128 << 20,
+            disk_free_limit_bytes: 50_000_000,
             amqp: AmqpConfig {
                 heartbeat_secs: 60,
                 channel_max: 2047,

@@ -127,6 +127,16 @@ pub(super) const SETTINGS: &[Setting] = &[
         apply: |draft, value| set(&mut draft.config.memory_budget_bytes, value.size(MIB..=1024 * GIB)),
     },
     Setting {
+        key: "disk_free_limit",
+        flag: "disk-free-limit",
+        on_command_line: true,
+        value_name: "SIZE",
+        default: "50MB",
+        help: "Free space on the data directory's volume below which publishers are blocked; 0 turns that off",
+        heading: "Storage",
+        apply: |draft, value| set(&mut draft.config.disk_free_limit_bytes, value.size(0..=1024 * 1024 * GIB)),
+    },
+    Setting {
         key: "store.block_cache",
         flag: "store-block-cache",
         on_command_line: true,

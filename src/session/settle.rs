@@ -56,7 +56,10 @@ impl Session {
                 let at = |fault: Fault| fault.at(60, id as u16);
                 match view {
                     Err(_) => failure = Some(at(undecodable(frame.payload))),
-                    Ok(_) if !exists => failure = Some(at(Fault::new(504, "expected 'channel.open'"))),
+                    Ok(_) if !exists => {
+                        let text = if number == 0 { "unexpected method in connection state running" } else { "expected 'channel.open'" };
+                        failure = Some(at(Fault::new(504, text)));
+                    }
                     Ok(view) => {
                         let how = settlement(&view);
                         if *run_kind.get_or_insert(how) != how {

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use parking_lot::{RwLock, RwLockReadGuard};
 use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, DEFAULT_COLUMN_FAMILY_NAME, Options, WriteOptions};
 
+use super::read::last_run_before;
 use super::{QueueId, RoundBuilder};
 
 /// Its place in the data directory.
@@ -44,7 +45,12 @@ impl Pages {
 
     /// Writes the pages of a round. Answers their bytes.
     pub fn write(&self, round: &mut RoundBuilder) -> Result<usize, rocksdb::Error> {
-        let batch = round.pages_batch(&|queue| self.queues.read().contains(&queue));
+        let last_run = |queue, until| {
+            let pages = self.of(queue)?;
+            let (db, family) = pages.family()?;
+            last_run_before(db, family, queue, until)
+        };
+        let batch = round.pages_batch(&|queue| self.queues.read().contains(&queue), &last_run);
         if batch.is_empty() {
             return Ok(0);
         }

@@ -108,6 +108,16 @@ impl Rocks {
     }
 }
 
+/// Where the last run begins that begins before `until`, in the segment of the position before that; nothing if there
+/// is none, or if it cannot be read.
+pub(super) fn last_run_before(db: &DB, family: &ColumnFamily, queue: QueueId, until: QueueSeq) -> Option<QueueSeq> {
+    let from = key::segment_start(until.checked_sub(1)?);
+    let mut runs = Stretch { db, family, queue, from, until, readahead_bytes: 0 }.iterate();
+    runs.seek_to_last();
+    let (_, first) = key::parse_numbered(runs.key()?)?;
+    Some(first)
+}
+
 /// A stretch of one queue's keys in one family.
 #[derive(Clone, Copy)]
 struct Stretch<'a> {

@@ -20,6 +20,7 @@ use rocksdb::{
 };
 
 use super::pages::Pages;
+use super::read::last_run_before;
 use super::round::{Families, RoundBuilder};
 use super::sweep::Sweeper;
 use super::{StoreError, StoreOptions, key};
@@ -108,12 +109,12 @@ impl Rocks {
         let db = guard.as_ref().ok_or_else(|| StoreError::Closed.to_string())?;
         let families = Families::of(db).map_err(|error| error.to_string())?;
         before_sync()?;
-        let batch = round.log_batch(&families);
+        let batch = round.log_batch(&families, &|queue, until| last_run_before(db, families.log, queue, until));
         let bytes = batch.size_in_bytes();
         if !batch.is_empty() {
             self.write_batch(db, batch).map_err(|error| format!("writing and syncing the log: {error}"))?;
         }
-        self.sweeper.note(round.deleted_segments());
+        self.sweeper.note(round.deleted_records());
         Ok(bytes + page_bytes)
     }
 

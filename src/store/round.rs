@@ -34,7 +34,8 @@ enum Change {
     Run(FinishedRun),
     State { queue: QueueId, value: Vec<u8> },
     Consumed { queue: QueueId, segment: u64, value: Option<Vec<u8>> },
-    DeleteSegments { queue: QueueId, from: u64, until: u64 },
+    DeleteConsumed { queue: QueueId, from: u64, until: u64 },
+    DeleteRecords { queue: QueueId, from: QueueSeq, until: QueueSeq },
     DeleteQueue { queue: QueueId },
     PutMeta { key: Vec<u8>, value: Vec<u8> },
     DeleteMeta { key: Vec<u8> },
@@ -84,10 +85,25 @@ impl RoundBuilder {
         if from_segment >= until_segment {
             return;
         }
+        let first = |segment: u64| segment.saturating_mul(SEGMENT_RECORDS);
+        self.delete_records(queue, first(from_segment), first(until_segment));
+        self.log.other_bytes += BATCH_ENTRY_BYTES;
+        self.log.changes.push(Change::DeleteConsumed { queue, from: from_segment, until: until_segment });
+    }
+
+    /// Deletes the records of `from..until`, which are all consumed, as far as that goes without rewriting: a run that
+    /// began before `from`, and the last one if it does not end with its segment, stay. So a queue with large records,
+    /// which cannot wait for the end of a segment, calls this with the segment's start every few megabytes.
+    ///
+    /// As dear as [`RoundBuilder::delete_segments`], and a look at the index besides.
+    pub fn delete_records(&mut self, queue: QueueId, from: QueueSeq, until: QueueSeq) {
+        if from >= until {
+            return;
+        }
         for pile in [&mut self.log, &mut self.pages] {
             pile.finish_run();
-            pile.other_bytes += 2 * BATCH_ENTRY_BYTES;
-            pile.changes.push(Change::DeleteSegments { queue, from: from_segment, until: until_segment });
+            pile.other_bytes += BATCH_ENTRY_BYTES;
+            pile.changes.push(Change::DeleteRecords { queue, from, until });
         }
     }
 
@@ -134,18 +150,18 @@ impl RoundBuilder {
     }
 
     /// The durable part of the round, in one batch.
-    pub(super) fn log_batch(&mut self, families: &Families<'_>) -> WriteBatch {
+    pub(super) fn log_batch(&mut self, families: &Families<'_>, last_run: LastRun<'_>) -> WriteBatch {
         self.log.finish_run();
         let mut batch = WriteBatch::with_capacity_bytes(self.log.byte_count());
         for change in &self.log.changes {
-            self.log.put(families, change, &mut batch);
+            self.log.put(families, last_run, change, &mut batch);
         }
         batch
     }
 
     /// The part of the round that goes to the pages, in one batch. `paged` says of a queue whether anything of it may
     /// be there already: deleting what is not there would cost a tombstone.
-    pub(super) fn pages_batch(&mut self, paged: &dyn Fn(QueueId) -> bool) -> WriteBatch {
+    pub(super) fn pages_batch(&mut self, paged: &dyn Fn(QueueId) -> bool, last_run: LastRun<'_>) -> WriteBatch {
         self.pages.finish_run();
         let mut batch = WriteBatch::with_capacity_bytes(self.pages.byte_count());
         let mut fresh = Vec::new();
@@ -155,9 +171,10 @@ impl RoundBuilder {
                     batch.put(key::numbered(run.queue, run.first), self.pages.runs.bytes(run));
                     fresh.push(run.queue);
                 }
-                Change::DeleteSegments { queue, from, until } if paged(*queue) || fresh.contains(queue) => {
-                    let (from, until) = run_range(*queue, *from, *until);
-                    batch.delete_range(from, until);
+                Change::DeleteRecords { queue, from, until } if paged(*queue) || fresh.contains(queue) => {
+                    if let Some((from, until)) = whole_runs(last_run, *queue, *from, *until) {
+                        batch.delete_range(from, until);
+                    }
                 }
                 Change::DeleteQueue { queue } if paged(*queue) || fresh.contains(queue) => {
                     batch.delete_range(key::queue(*queue), key::after_queue(*queue));
@@ -176,11 +193,11 @@ impl RoundBuilder {
         })
     }
 
-    /// Segments that are deleted with this round; for a deleted queue, all there may be.
-    pub(super) fn deleted_segments(&self) -> impl Iterator<Item = (QueueId, u64, u64)> {
+    /// Positions that are deleted with this round; of a deleted queue, all.
+    pub(super) fn deleted_records(&self) -> impl Iterator<Item = (QueueId, QueueSeq, QueueSeq)> {
         self.log.changes.iter().filter_map(|change| match change {
-            Change::DeleteSegments { queue, from, until } => Some((*queue, *from, *until)),
-            Change::DeleteQueue { queue } => Some((*queue, 0, u64::MAX / SEGMENT_RECORDS)),
+            Change::DeleteRecords { queue, from, until } => Some((*queue, *from, *until)),
+            Change::DeleteQueue { queue } => Some((*queue, 0, QueueSeq::MAX)),
             _ => None,
         })
     }
@@ -218,7 +235,7 @@ impl Pile {
         self.other_bytes = 0;
     }
 
-    fn put(&self, families: &Families<'_>, change: &Change, batch: &mut WriteBatch) {
+    fn put(&self, families: &Families<'_>, last_run: LastRun<'_>, change: &Change, batch: &mut WriteBatch) {
         match change {
             Change::Run(run) => batch.put_cf(families.log, key::numbered(run.queue, run.first), self.runs.bytes(run)),
             Change::State { queue, value } => batch.put_cf(families.state, key::queue(*queue), value),
@@ -228,11 +245,14 @@ impl Pile {
             Change::Consumed { queue, segment, value: None } => {
                 batch.delete_cf(families.consumed, key::numbered(*queue, *segment));
             }
-            Change::DeleteSegments { queue, from, until } => {
-                let (first, end) = run_range(*queue, *from, *until);
-                batch.delete_range_cf(families.log, first, end);
-                let (first, end) = (key::numbered(*queue, *from), key::numbered(*queue, *until));
-                batch.delete_range_cf(families.consumed, first, end);
+            Change::DeleteRecords { queue, from, until } => {
+                if let Some((from, until)) = whole_runs(last_run, *queue, *from, *until) {
+                    batch.delete_range_cf(families.log, from, until);
+                }
+            }
+            Change::DeleteConsumed { queue, from, until } => {
+                let (from, until) = (key::numbered(*queue, *from), key::numbered(*queue, *until));
+                batch.delete_range_cf(families.consumed, from, until);
             }
             Change::DeleteQueue { queue } => {
                 batch.delete_cf(families.state, key::queue(*queue));
@@ -245,10 +265,17 @@ impl Pile {
     }
 }
 
-/// The keys of all runs of whole segments.
-fn run_range(queue: QueueId, from_segment: u64, until_segment: u64) -> ([u8; 16], [u8; 16]) {
-    let first = |segment: u64| key::numbered(queue, segment.saturating_mul(SEGMENT_RECORDS));
-    (first(from_segment), first(until_segment))
+/// Where the last run of a queue begins that begins before a position and in the same segment as the one before that.
+pub(super) type LastRun<'a> = &'a dyn Fn(QueueId, QueueSeq) -> Option<QueueSeq>;
+
+/// The keys of the runs that are known to lie within `from..until`.
+fn whole_runs(last_run: LastRun<'_>, queue: QueueId, from: QueueSeq, until: QueueSeq) -> Option<([u8; 16], [u8; 16])> {
+    let end = match until % SEGMENT_RECORDS {
+        0 => until, // where every run ends
+        // Without a run in the last segment, there is nothing to keep there.
+        _ => last_run(queue, until).unwrap_or(key::segment_start(until)),
+    };
+    (from < end).then(|| (key::numbered(queue, from), key::numbered(queue, end)))
 }
 
 /// The handles of the column families of an open database.

@@ -12,16 +12,19 @@
 
 use std::collections::BTreeMap;
 use std::ffi::CStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rocksdb::{BottommostLevelCompaction, ColumnFamily, CompactOptions, DB};
 
 use super::rocks::Rocks;
-use super::{QueueId, SEGMENT_RECORDS, key};
+use super::{QueueId, QueueSeq, key};
 
 /// From the first deletion to the compaction: as many as possible are to share it.
-const DELAY: Duration = Duration::from_secs(10);
+const MIN_DELAY: Duration = Duration::from_secs(10);
+
+/// And no shorter than so many times what the last compaction took.
+const DELAY_FACTOR: u32 = 20;
 
 /// More ranges than this are compacted as one.
 const MAX_RANGES: usize = 16;
@@ -33,6 +36,9 @@ const MIN_GARBAGE_BYTES: u64 = 64 * 1024 * 1024;
 const LIVE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-size";
 const GARBAGE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-garbage-size";
 
+/// Per queue, the first position that was deleted, and the one after the last.
+pub(super) type Deleted = BTreeMap<QueueId, (QueueSeq, QueueSeq)>;
+
 /// What was deleted since the last compaction.
 #[derive(Default)]
 pub(super) struct Sweeper {
@@ -42,14 +48,13 @@ pub(super) struct Sweeper {
 
 #[derive(Default)]
 struct State {
-    /// Per queue, the segments from the first deleted to the last.
-    deleted: BTreeMap<QueueId, (u64, u64)>,
+    deleted: Deleted,
     stop: bool,
 }
 
 impl Sweeper {
-    /// Remembers segments whose deletion is committed.
-    pub fn note(&self, deleted: impl Iterator<Item = (QueueId, u64, u64)>) {
+    /// Remembers records whose deletion is committed.
+    pub fn note(&self, deleted: impl Iterator<Item = (QueueId, QueueSeq, QueueSeq)>) {
         let mut deleted = deleted.peekable();
         if deleted.peek().is_none() {
             return;
@@ -70,10 +75,10 @@ impl Sweeper {
     }
 
     /// Waits for deletions, and a while longer. `None` when the store closes.
-    fn take(&self) -> Option<BTreeMap<QueueId, (u64, u64)>> {
+    fn take(&self, delay: Duration) -> Option<Deleted> {
         let mut state = self.state.lock();
         self.wake.wait_while(&mut state, |state| state.deleted.is_empty() && !state.stop);
-        self.wake.wait_while_for(&mut state, |state| !state.stop, DELAY);
+        self.wake.wait_while_for(&mut state, |state| !state.stop, delay);
         (!state.stop).then(|| std::mem::take(&mut state.deleted))
     }
 }
@@ -81,13 +86,16 @@ impl Sweeper {
 impl Rocks {
     /// The sweeping thread.
     pub fn sweep_deleted(&self) {
-        while let Some(deleted) = self.sweeper().take() {
+        let mut delay = MIN_DELAY;
+        while let Some(deleted) = self.sweeper().take(delay) {
+            let start = Instant::now();
             self.sweep(&deleted);
+            delay = MIN_DELAY.max(start.elapsed() * DELAY_FACTOR);
         }
     }
 
     /// Gives back what only deleted records hold. Takes as long as it takes; ends early when the database closes.
-    pub fn sweep(&self, deleted: &BTreeMap<QueueId, (u64, u64)>) {
+    pub fn sweep(&self, deleted: &Deleted) {
         let paged = deleted.keys().find_map(|queue| self.pages().of(*queue));
         if let Some((db, family)) = paged.as_ref().and_then(|pages| pages.family()) {
             sweep_family(db, family, deleted);
@@ -103,11 +111,11 @@ impl Rocks {
     }
 }
 
-fn sweep_family(db: &DB, family: &ColumnFamily, deleted: &BTreeMap<QueueId, (u64, u64)>) {
+fn sweep_family(db: &DB, family: &ColumnFamily, deleted: &Deleted) {
     let mut options = CompactOptions::default();
     options.set_exclusive_manual_compaction(false);
-    let first = |queue, segment: u64| key::numbered(queue, segment.saturating_mul(SEGMENT_RECORDS));
-    let mut ranges = deleted.iter().map(|(queue, (from, until))| (first(*queue, *from), first(*queue, *until)));
+    let mut ranges =
+        deleted.iter().map(|(queue, (from, until))| (key::numbered(*queue, *from), key::numbered(*queue, *until)));
     if deleted.len() <= MAX_RANGES {
         for (from, until) in ranges {
             db.compact_range_cf_opt(family, Some(from), Some(until), &options);

@@ -13,7 +13,10 @@ fn open() -> AMQPClass {
 }
 
 fn missing() -> AMQPClass {
-    AMQPClass::Queue(amq_protocol::protocol::queue::AMQPMethod::Declare(Declare { passive: true, ..transient("missing") }))
+    AMQPClass::Queue(amq_protocol::protocol::queue::AMQPMethod::Declare(Declare {
+        passive: true,
+        ..transient("missing")
+    }))
 }
 
 const MISSING: &str = "NOT_FOUND - no queue 'missing' in vhost '/'";
@@ -51,7 +54,10 @@ async fn a_channel_close_names_the_method_that_failed() {
         (AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "missing".into(), no_ack: true })), (60, 70)),
         (AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 5, multiple: false })), (60, 80)),
         (
-            AMQPClass::Exchange(exchange::AMQPMethod::Delete(exchange::Delete { exchange: "amq.direct".into(), ..Default::default() })),
+            AMQPClass::Exchange(exchange::AMQPMethod::Delete(exchange::Delete {
+                exchange: "amq.direct".into(),
+                ..Default::default()
+            })),
             (40, 20),
         ),
     ] {

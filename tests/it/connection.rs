@@ -11,7 +11,8 @@ use crate::support::{
     within,
 };
 
-const REFUSED: &str = "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.";
+const REFUSED: &str =
+    "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN. For details see the broker logfile.";
 /// RabbitMQ's pause before a silent drop.
 const PAUSE: Duration = Duration::from_secs(3);
 
@@ -44,7 +45,9 @@ async fn every_promised_capability_is_in_start() {
     for key in ["capabilities", "cluster_name", "copyright", "information", "platform", "product", "version"] {
         assert!(properties.contains_key(key), "{key}");
     }
-    let amq_protocol::types::AMQPValue::FieldTable(capabilities) = &properties["capabilities"] else { panic!("no table") };
+    let amq_protocol::types::AMQPValue::FieldTable(capabilities) = &properties["capabilities"] else {
+        panic!("no table")
+    };
     for key in [
         "publisher_confirms",
         "exchange_exchange_bindings",
@@ -207,7 +210,7 @@ async fn a_handshake_that_takes_too_long_is_dropped() {
 }
 
 #[tokio::test]
-async fn methods_out_of_place_in_the_handshake_are_dropped() {
+async fn methods_out_of_place_in_the_handshake_end_it() {
     let broker = TestBroker::start().await;
     let mut early = broker.bare().await;
     early.write(b"AMQP\x00\x00\x09\x01").await;
@@ -216,7 +219,8 @@ async fn methods_out_of_place_in_the_handshake_are_dropped() {
     let mut channel = Login::default().tune(broker.address()).await;
     channel.send(1, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {}))).await;
     early.expect_drop().await;
-    channel.expect_drop().await;
+    // After tuning RabbitMQ talks: a channel's frame is then one too early.
+    channel.expect_connection_error(505, "UNEXPECTED_FRAME - type 1, all octets = <<0,20,0,10,0>>").await;
     broker.stop().await;
 }
 
@@ -355,7 +359,9 @@ async fn a_blocked_publisher_is_told_and_goes_on_when_the_alarm_is_over() {
     peer.publish(1, "q", "in flight").await;
     let frame = tokio::time::timeout(LIMIT, peer.frame()).await.unwrap();
     match parse_class(frame.payload.as_slice()).unwrap().1 {
-        AMQPClass::Connection(connection::AMQPMethod::Blocked(blocked)) => assert_eq!(blocked.reason.as_str(), "low on memory"),
+        AMQPClass::Connection(connection::AMQPMethod::Blocked(blocked)) => {
+            assert_eq!(blocked.reason.as_str(), "low on memory")
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(consumer.delivery(1).await.text(), "in flight", "consumers go on");

@@ -39,7 +39,8 @@ async fn exists(peer: &mut Peer, name: &str) -> bool {
     match peer.method(1).await {
         AMQPClass::Exchange(exchange::AMQPMethod::DeclareOk(_)) => true,
         _ => {
-            peer.send(1, AMQPClass::Channel(amq_protocol::protocol::channel::AMQPMethod::CloseOk(Default::default()))).await;
+            peer.send(1, AMQPClass::Channel(amq_protocol::protocol::channel::AMQPMethod::CloseOk(Default::default())))
+                .await;
             peer.open_channel(1).await;
             false
         }
@@ -87,7 +88,9 @@ async fn declaring_the_same_again_is_fine_and_declaring_something_else_is_406() 
     // Arguments other than the alternate exchange are not compared.
     peer.declare_exchange(1, "x", "direct", table([("own", text("x"))])).await;
     let inequivalent = |property: &str, new: &str, old: &str| {
-        format!("PRECONDITION_FAILED - inequivalent arg '{property}' for exchange 'x' in vhost '/': received '{new}' but current is '{old}'")
+        format!(
+            "PRECONDITION_FAILED - inequivalent arg '{property}' for exchange 'x' in vhost '/': received '{new}' but current is '{old}'"
+        )
     };
     refused(&mut peer, declare("x", "topic"), 406, &inequivalent("type", "topic", "direct")).await;
     let durable = exchange::Declare { durable: true, ..declare("x", "direct") };
@@ -96,7 +99,8 @@ async fn declaring_the_same_again_is_fine_and_declaring_something_else_is_406() 
     refused(&mut peer, auto_delete, 406, &inequivalent("auto_delete", "true", "false")).await;
     let internal = exchange::Declare { internal: true, ..declare("x", "direct") };
     refused(&mut peer, internal, 406, &inequivalent("internal", "true", "false")).await;
-    let alternate = exchange::Declare { arguments: table([("alternate-exchange", text("a"))]), ..declare("x", "direct") };
+    let alternate =
+        exchange::Declare { arguments: table([("alternate-exchange", text("a"))]), ..declare("x", "direct") };
     let text = "PRECONDITION_FAILED - inequivalent arg 'alternate-exchange' for exchange 'x' in vhost '/': received the value 'a' of type 'longstr' but current is none";
     refused(&mut peer, alternate, 406, text).await;
     broker.stop().await;
@@ -110,7 +114,8 @@ async fn bad_declarations_are_refused_with_the_reason() {
     let text = "ACCESS_REFUSED - exchange name 'amq.mine' contains reserved prefix 'amq.*'";
     refused(&mut peer, declare("amq.mine", "direct"), 403, text).await;
     let alternate = table([("alternate-exchange", AMQPValue::LongInt(1))]);
-    let text = "PRECONDITION_FAILED - invalid type 'signedint' for arg 'alternate-exchange' in exchange 'x' in vhost '/'";
+    let text =
+        "PRECONDITION_FAILED - invalid type 'signedint' for arg 'alternate-exchange' in exchange 'x' in vhost '/'";
     refused(&mut peer, exchange::Declare { arguments: alternate, ..declare("x", "direct") }, 406, text).await;
     let passive = exchange::Declare { passive: true, ..declare("x", "direct") };
     refused(&mut peer, passive, 404, "NOT_FOUND - no exchange 'x' in vhost '/'").await;
@@ -152,9 +157,15 @@ async fn if_unused_looks_at_bindings_from_the_exchange_only() {
     let broker = TestBroker::start().await;
     let client = broker.client().await;
     for name in ["from", "to"] {
-        client.exchange_declare(name.into(), ExchangeKind::Fanout, Default::default(), FieldTable::default()).await.unwrap();
+        client
+            .exchange_declare(name.into(), ExchangeKind::Fanout, Default::default(), FieldTable::default())
+            .await
+            .unwrap();
     }
-    client.exchange_bind("to".into(), "from".into(), "".into(), Default::default(), FieldTable::default()).await.unwrap();
+    client
+        .exchange_bind("to".into(), "from".into(), "".into(), Default::default(), FieldTable::default())
+        .await
+        .unwrap();
     let unused = ExchangeDeleteOptions { if_unused: true, nowait: false };
     let other = client.connection.create_channel().await.unwrap();
     assert_eq!(code(other.exchange_delete("from".into(), unused).await), 406);

@@ -1,6 +1,6 @@
 //! Framing, byte by byte: what is an error, which one, and that nothing depends on where a read happens to end.
 
-use amq_protocol::protocol::{AMQPClass, BasicProperties, basic, exchange, parse_class};
+use amq_protocol::protocol::{AMQPClass, BasicProperties, basic, exchange};
 
 use crate::support::{
     Login, Peer, TestBroker,
@@ -77,7 +77,7 @@ async fn a_payload_of_exactly_frame_max_passes() {
 }
 
 #[tokio::test]
-async fn a_frame_too_large_before_tuning_ends_the_connection() {
+async fn a_frame_too_large_before_tuning_is_a_silent_drop() {
     let broker = TestBroker::start().await;
     let mut peer = broker.bare().await;
     peer.write(b"AMQP\x00\x00\x09\x01").await;
@@ -86,24 +86,23 @@ async fn a_frame_too_large_before_tuning_ends_the_connection() {
     head.extend(0u16.to_be_bytes());
     head.extend(0x7fff_ffffu32.to_be_bytes());
     peer.write(&head).await;
-    let class = parse_class(peer.frame().await.payload.as_slice()).unwrap().1;
-    match class {
-        AMQPClass::Connection(amq_protocol::protocol::connection::AMQPMethod::Close(close)) => {
-            assert_eq!(close.reply_code, 501);
-            assert_eq!(close.reply_text.as_str(), "FRAME_ERROR - type 1, all octets = <<>>: {frame_too_large,2147483647,8184}");
-        }
-        other => panic!("{other:?}"),
-    }
-    peer.expect_drop_after(std::time::Duration::from_secs(5)).await;
+    peer.expect_drop_after(std::time::Duration::from_secs(5)).await; // without a word, and without the bytes
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn unknown_frames_and_heartbeats_with_a_payload_are_501() {
     let broker = TestBroker::start().await;
-    refused(&broker, &frames::frame(9, 0, b"ab"), 501, "FRAME_ERROR - type 9, all octets = <<97,98>>: unknown_frame").await;
+    refused(&broker, &frames::frame(9, 0, b"ab"), 501, "FRAME_ERROR - type 9, all octets = <<\"ab\">>: unknown_frame")
+        .await;
     refused(&broker, &frames::frame(4, 1, &[]), 501, "FRAME_ERROR - type 4, all octets = <<>>: unknown_frame").await;
-    refused(&broker, &frames::frame(HEARTBEAT, 0, &[1]), 501, "FRAME_ERROR - type 8, all octets = <<1>>: unknown_frame").await;
+    refused(
+        &broker,
+        &frames::frame(HEARTBEAT, 0, &[1]),
+        501,
+        "FRAME_ERROR - type 8, all octets = <<1>>: unknown_frame",
+    )
+    .await;
     broker.stop().await;
 }
 
@@ -111,8 +110,8 @@ async fn unknown_frames_and_heartbeats_with_a_payload_are_501() {
 async fn heartbeats_on_channels_and_content_on_channel_0_are_505() {
     let broker = TestBroker::start().await;
     refused(&broker, &frames::frame(HEARTBEAT, 1, &[]), 505, "UNEXPECTED_FRAME - type 8, all octets = <<>>").await;
-    refused(&broker, &frames::frame(BODY, 0, &[9]), 505, "UNEXPECTED_FRAME - type 3, all octets = <<9>>").await;
-    refused(&broker, &frames::frame(HEADER, 0, &[9]), 505, "UNEXPECTED_FRAME - type 2, all octets = <<9>>").await;
+    refused(&broker, &frames::frame(BODY, 0, &[200]), 505, "UNEXPECTED_FRAME - type 3, all octets = <<200>>").await;
+    refused(&broker, &frames::frame(HEADER, 0, &[200]), 505, "UNEXPECTED_FRAME - type 2, all octets = <<200>>").await;
     broker.stop().await;
 }
 
@@ -120,10 +119,12 @@ async fn heartbeats_on_channels_and_content_on_channel_0_are_505() {
 async fn undecodable_arguments_are_501() {
     let broker = TestBroker::start().await;
     // basic.cancel with a consumer tag longer than the frame
-    refused(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 30, 5, b'a']), 501, "FRAME_ERROR - cannot decode <<5,97>>").await;
+    refused(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 30, 5, b'a']), 501, "FRAME_ERROR - cannot decode <<5,97>>")
+        .await;
     // basic.ack without its tag: hot methods take another path
     refused(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 80, 1]), 501, "FRAME_ERROR - cannot decode <<1>>").await;
-    refused(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 40, 0, 0, 9]), 501, "FRAME_ERROR - cannot decode <<0,0,9>>").await;
+    refused(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 40, 0, 0, 9]), 501, "FRAME_ERROR - cannot decode <<0,0,9>>")
+        .await;
     broker.stop().await;
 }
 
@@ -143,9 +144,10 @@ async fn unknown_methods_and_malformed_tables_are_dropped_at_once() {
     let broker = TestBroker::start().await;
     dropped(&broker, &frames::frame(METHOD, 1, &[0, 60, 0, 99])).await;
     dropped(&broker, &frames::frame(METHOD, 1, &[0, 77, 0, 10])).await;
-    // queue.declare "q" with a table that claims more than there is, and with an unknown type
-    dropped(&broker, &frames::frame(METHOD, 1, &[0, 50, 0, 10, 0, 0, 1, b'q', 0, 0, 0, 0, 9, 1, b'a'])).await;
+    // queue.declare "q" with a table that holds an unknown type; one that is merely cut off is 501, as in RabbitMQ
     dropped(&broker, &frames::frame(METHOD, 1, &[0, 50, 0, 10, 0, 0, 1, b'q', 0, 0, 0, 0, 3, 1, b'a', b'?'])).await;
+    let cut_off = frames::frame(METHOD, 1, &[0, 50, 0, 10, 0, 0, 1, b'q', 0, 0, 0, 0, 9, 1, b'a']);
+    refused(&broker, &cut_off, 501, "FRAME_ERROR - cannot decode <<0,0,1,113,0,0,0,0,9,1,97>>").await;
     broker.stop().await;
 }
 
@@ -164,7 +166,8 @@ async fn anything_but_a_header_after_a_publish_is_505() {
     let text = "UNEXPECTED_FRAME - expected content header for class 60, got non content header frame instead";
     refused(&broker, &[publish(), frames::frame(BODY, 1, b"x")].concat(), 505, text).await;
     refused(&broker, &[publish(), publish()].concat(), 505, text).await;
-    let ack = frames::method(1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 1, multiple: false })));
+    let ack =
+        frames::method(1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 1, multiple: false })));
     refused(&broker, &[publish(), ack].concat(), 505, text).await;
     let weighty = frames::frame(HEADER, 1, &frames::header_payload(60, 1, 0, &BasicProperties::default()));
     refused(&broker, &[publish(), weighty].concat(), 505, text).await;
@@ -241,8 +244,9 @@ async fn many_publishes_cut_anywhere_arrive_whole_and_in_order() {
     let broker = TestBroker::start().await;
     let mut peer = with_queue(&broker).await;
     let body = |number: usize| vec![number as u8; number * 37 % 3000];
-    let bytes: Vec<u8> =
-        (0..300).flat_map(|number| frames::content(1, "", "q", false, &BasicProperties::default(), &body(number), 1000)).collect();
+    let bytes: Vec<u8> = (0..300)
+        .flat_map(|number| frames::content(1, "", "q", false, &BasicProperties::default(), &body(number), 1000))
+        .collect();
     let mut rest = bytes.as_slice();
     let mut step = 1;
     while !rest.is_empty() {
@@ -264,7 +268,8 @@ async fn content_of_different_channels_may_interleave() {
     peer.open_channel(2).await;
     let plain = BasicProperties::default();
     let parts = |channel: u16, body: &str| {
-        let mut parts = vec![frames::publish_method(channel, "", "q", false), frames::header(channel, body.len() as u64, &plain)];
+        let mut parts =
+            vec![frames::publish_method(channel, "", "q", false), frames::header(channel, body.len() as u64, &plain)];
         parts.extend(body.as_bytes().chunks(2).map(|piece| frames::frame(BODY, channel, piece)));
         parts
     };
@@ -423,9 +428,15 @@ async fn methods_may_be_pipelined() {
     let declare = exchange::Declare { exchange: "x".into(), kind: "fanout".into(), ..Default::default() };
     let mut bytes = frames::frame(METHOD, 1, &[0, 20, 0, 10, 0]);
     bytes.extend(frames::method(1, &AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare))));
-    bytes.extend(frames::method(1, &AMQPClass::Queue(amq_protocol::protocol::queue::AMQPMethod::Declare(transient("q")))));
+    bytes.extend(frames::method(
+        1,
+        &AMQPClass::Queue(amq_protocol::protocol::queue::AMQPMethod::Declare(transient("q"))),
+    ));
     bytes.extend(frames::content(1, "", "q", false, &BasicProperties::default(), b"x", 100));
-    bytes.extend(frames::method(1, &AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q".into(), no_ack: true }))));
+    bytes.extend(frames::method(
+        1,
+        &AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q".into(), no_ack: true })),
+    ));
     peer.write(&bytes).await;
     for expected in [[0, 20, 0, 11], [0, 40, 0, 11], [0, 50, 0, 11], [0, 60, 0, 71]] {
         assert_eq!(peer.frame().await.payload[..4], expected);

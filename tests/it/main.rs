@@ -6,9 +6,19 @@
 
 mod support;
 
+mod channel;
 mod confirm;
+mod connection;
 mod consume;
 mod durability;
+mod exchange;
+mod frames;
 mod leaks;
+mod limits;
 mod paging;
+mod perf_smoke;
+mod queue;
+mod reply_to;
+mod routing;
 mod settle;
+mod tx;

@@ -274,3 +274,48 @@ async fn consumers_with_prefetch_and_acks_drain_a_paged_backlog_once() {
     eventually("all acked", async || (broker.counts("q").unacked == 0).then_some(())).await;
     assert_eq!(broker.counts("q").ready, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unacked_deliveries_beyond_the_budget_do_not_block_the_connection_that_holds_them() {
+    let broker = tight().await;
+    let mut peer = broker.peer().await;
+    for (queue, persistent) in [("kept", true), ("brief", false)] {
+        peer.declare(1, durable(queue)).await;
+        peer.consume(1, queue, false).await;
+        let mut last = 0;
+        for round in 0..8 {
+            let numbers = round * 512..(round + 1) * 512;
+            publish(&mut peer, queue, numbers.clone(), persistent).await;
+            for number in numbers {
+                let delivery = peer.delivery(1).await;
+                assert!(delivery.body == body(number));
+                last = delivery.tag;
+            }
+        }
+        // 32 MiB are unacked. Half of it comes back, from the store, and in order.
+        peer.cancel(1, queue).await;
+        peer.ack(1, last - 2048, true).await;
+        peer.nack(1, 0, true, true).await;
+        expect(&mut peer, queue, 2048..4096, Some(true)).await;
+        assert_eq!((broker.counts(queue).ready, broker.counts(queue).unacked), (0, 0));
+    }
+    broker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_disk_space_of_a_consumed_transient_backlog_comes_back() {
+    let broker = tight().await;
+    let mut peer = broker.peer().await;
+    peer.declare(1, transient("q")).await;
+    let mut largest = 0;
+    for _ in 0..4 {
+        publish(&mut peer, "q", 0..MESSAGES, false).await;
+        peer.nothing_more(1).await;
+        expect_paged_out(&broker).await;
+        expect(&mut peer, "q", 0..MESSAGES, Some(false)).await;
+        largest = largest.max(broker.data_bytes());
+    }
+    // 256 MiB went through; what is kept is at most what compaction has not reached yet.
+    assert!(largest < 200 << 20, "{} MiB", largest >> 20);
+    broker.stop().await;
+}

@@ -28,7 +28,9 @@ async fn delete(peer: &mut Peer, delete: queue::Delete) -> u32 {
 }
 
 fn inequivalent(property: &str, new: &str, old: &str) -> String {
-    format!("PRECONDITION_FAILED - inequivalent arg '{property}' for queue 'q' in vhost '/': received {new} but current is {old}")
+    format!(
+        "PRECONDITION_FAILED - inequivalent arg '{property}' for queue 'q' in vhost '/': received {new} but current is {old}"
+    )
 }
 
 #[tokio::test]
@@ -78,7 +80,9 @@ async fn the_longest_name_works_and_errors_about_it_are_cut() {
     peer.send(1, AMQPClass::Queue(queue::AMQPMethod::Declare(durable(&name)))).await;
     match peer.method(1).await {
         AMQPClass::Channel(amq_protocol::protocol::channel::AMQPMethod::Close(close)) => {
-            assert!(close.reply_text.as_str().starts_with("PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'üü"));
+            assert!(
+                close.reply_text.as_str().starts_with("PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'üü")
+            );
         }
         other => panic!("{other:?}"),
     }
@@ -192,8 +196,15 @@ async fn an_exclusive_queue_is_locked_for_other_connections() {
     owner.declare(1, exclusive("mine")).await;
     refused(&mut peer, queue::AMQPMethod::Declare(exclusive("mine")), 405, LOCKED).await;
     refused(&mut peer, queue::AMQPMethod::Declare(Declare { passive: true, ..transient("mine") }), 405, LOCKED).await;
-    refused(&mut peer, queue::AMQPMethod::Purge(queue::Purge { queue: "mine".into(), nowait: false }), 405, LOCKED).await;
-    refused(&mut peer, queue::AMQPMethod::Delete(queue::Delete { queue: "mine".into(), ..Default::default() }), 405, LOCKED).await;
+    refused(&mut peer, queue::AMQPMethod::Purge(queue::Purge { queue: "mine".into(), nowait: false }), 405, LOCKED)
+        .await;
+    refused(
+        &mut peer,
+        queue::AMQPMethod::Delete(queue::Delete { queue: "mine".into(), ..Default::default() }),
+        405,
+        LOCKED,
+    )
+    .await;
     let bind = queue::Bind { queue: "mine".into(), exchange: "amq.direct".into(), ..Default::default() };
     refused(&mut peer, queue::AMQPMethod::Bind(bind), 405, LOCKED).await;
     for method in [

@@ -19,7 +19,13 @@ async fn bound(peer: &mut Peer, exchange: &str, bindings: &[(&str, &[&str])]) {
 }
 
 /// Publishes and answers which of `queues` have it; they are empty afterwards.
-async fn reached<'a>(peer: &mut Peer, exchange: &str, key: &str, properties: &BasicProperties, queues: &[&'a str]) -> Vec<&'a str> {
+async fn reached<'a>(
+    peer: &mut Peer,
+    exchange: &str,
+    key: &str,
+    properties: &BasicProperties,
+    queues: &[&'a str],
+) -> Vec<&'a str> {
     peer.publish_to(1, exchange, key, properties, "m").await;
     let mut reached = Vec::new();
     for queue in queues {
@@ -40,13 +46,19 @@ fn array(values: impl IntoIterator<Item = AMQPValue>) -> AMQPValue {
 }
 
 async fn bind_exchange(peer: &mut Peer, destination: &str, source: &str, key: &str) {
-    let bind = exchange::Bind { destination: destination.into(), source: source.into(), routing_key: key.into(), ..Default::default() };
+    let bind = exchange::Bind {
+        destination: destination.into(),
+        source: source.into(),
+        routing_key: key.into(),
+        ..Default::default()
+    };
     let answer = peer.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Bind(bind))).await;
     assert!(matches!(answer, AMQPClass::Exchange(exchange::AMQPMethod::BindOk(_))), "{answer:?}");
 }
 
 async fn unbind(peer: &mut Peer, queue: &str, exchange: &str, key: &str) {
-    let unbind = queue::Unbind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), ..Default::default() };
+    let unbind =
+        queue::Unbind { queue: queue.into(), exchange: exchange.into(), routing_key: key.into(), ..Default::default() };
     let answer = peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Unbind(unbind))).await;
     assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::UnbindOk(_))), "{answer:?}");
 }
@@ -151,7 +163,8 @@ async fn a_wrong_x_match_is_refused() {
         ..Default::default()
     };
     peer.send(1, AMQPClass::Queue(queue::AMQPMethod::Bind(bind))).await;
-    let text = "PRECONDITION_FAILED - Invalid x-match field value <<\"some\">>; expected all, any, all-with-x, or any-with-x";
+    let text =
+        "PRECONDITION_FAILED - Invalid x-match field value <<\"some\">>; expected all, any, all-with-x, or any-with-x";
     peer.expect_channel_error(1, 406, text).await;
     broker.stop().await;
 }
@@ -172,7 +185,12 @@ async fn bindings_between_exchanges_route_on_and_cycles_end() {
     assert_eq!(reached(&mut peer, "one", "k.x", &Default::default(), &all).await, all);
     assert_eq!(reached(&mut peer, "one", "k.x.y", &Default::default(), &all).await, ["one"]);
     assert_eq!(reached(&mut peer, "two", "k.x.y", &Default::default(), &all).await, all);
-    let unbind = exchange::Unbind { destination: "two".into(), source: "one".into(), routing_key: "k.*".into(), ..Default::default() };
+    let unbind = exchange::Unbind {
+        destination: "two".into(),
+        source: "one".into(),
+        routing_key: "k.*".into(),
+        ..Default::default()
+    };
     let answer = peer.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Unbind(unbind))).await;
     assert!(matches!(answer, AMQPClass::Exchange(exchange::AMQPMethod::UnbindOk(_))), "{answer:?}");
     assert_eq!(reached(&mut peer, "one", "k.x", &Default::default(), &all).await, ["one"]);
@@ -256,7 +274,11 @@ async fn a_queue_declared_later_gets_what_is_published_to_its_name() {
         peer.declare(1, transient("late")).await;
         peer.publish(1, "late", "found").await;
         assert_eq!(peer.get(1, "late", true).await.unwrap().text(), "found");
-        peer.call(1, AMQPClass::Queue(queue::AMQPMethod::Delete(queue::Delete { queue: "late".into(), ..Default::default() }))).await;
+        peer.call(
+            1,
+            AMQPClass::Queue(queue::AMQPMethod::Delete(queue::Delete { queue: "late".into(), ..Default::default() })),
+        )
+        .await;
     }
     broker.stop().await;
 }
@@ -289,7 +311,10 @@ async fn publishing_is_checked_before_it_is_routed() {
             BasicProperties::default().with_user_id("somebody".into()),
             "PRECONDITION_FAILED - user_id property set to 'somebody' but authenticated user was 'guest'",
         ),
-        (BasicProperties::default().with_expiration("soon".into()), "PRECONDITION_FAILED - invalid expiration 'soon': no_integer"),
+        (
+            BasicProperties::default().with_expiration("soon".into()),
+            "PRECONDITION_FAILED - invalid expiration 'soon': no_integer",
+        ),
         (
             BasicProperties::default().with_expiration("5ms".into()),
             "PRECONDITION_FAILED - invalid expiration '5ms': {leftover_string,\"ms\"}",

@@ -3,9 +3,7 @@
 use amq_protocol::protocol::{AMQPClass, basic, tx};
 use lapin::options::*;
 
-use crate::support::{
-    Peer, TestBroker, declare_durable, depth, eventually, get, peer::durable, persistent,
-};
+use crate::support::{Peer, TestBroker, declare_durable, depth, eventually, get, peer::durable, persistent};
 
 async fn transactional(broker: &TestBroker, messages: u32) -> Peer {
     let mut peer = broker.peer().await;
@@ -223,7 +221,10 @@ async fn the_stock_client_moves_messages_in_a_transaction() {
     client.tx_commit().await.unwrap();
     for _ in 0..5 {
         let message = get(&client, "from").await;
-        client.basic_publish("".into(), "to".into(), Default::default(), &message.delivery.data, persistent()).await.unwrap();
+        client
+            .basic_publish("".into(), "to".into(), Default::default(), &message.delivery.data, persistent())
+            .await
+            .unwrap();
         message.delivery.ack(BasicAckOptions::default()).await.unwrap();
         client.tx_commit().await.unwrap();
     }

@@ -929,7 +929,8 @@ fn positions_without_a_record_are_passed_over_and_counted() {
     chunk.cover(20);
     log.install(chunk);
     assert!(matches!(log.peek(&mut lost), Peek::Empty));
-    assert_eq!((lost, log.head(), log.next(), log.resident_bytes()), (8, 20, 20, 0));
+    assert_eq!((lost, log.head(), log.next()), (8, 20, 20));
+    assert!(log.resident_bytes() <= 4 << 10);
 }
 
 // Chunks

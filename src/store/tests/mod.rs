@@ -53,6 +53,7 @@ enum Change {
     State(QueueStateRecord),
     Consumed(u64, Vec<(QueueSeq, QueueSeq)>),
     DeleteSegments(u64, u64),
+    DeleteRecords(QueueSeq, QueueSeq),
     Panic,
 }
 
@@ -95,6 +96,7 @@ impl RoundSource for TestQueue {
                 Change::State(record) => round.put_state(self.id, &record),
                 Change::Consumed(segment, ranges) => round.put_consumed(self.id, segment, &ranges),
                 Change::DeleteSegments(from, until) => round.delete_segments(self.id, from, until),
+                Change::DeleteRecords(from, until) => round.delete_records(self.id, from, until),
                 Change::Panic => panic!("asked for by the test"),
             }
         }

@@ -116,7 +116,7 @@ impl Subject {
         }
     }
 
-    fn path(&self) -> std::path::PathBuf {
+    fn path(&self) -> PathBuf {
         self.directory.path().join(self.generation.to_string())
     }
 

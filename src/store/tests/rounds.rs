@@ -325,7 +325,7 @@ fn dropping_the_last_handle_commits_and_closes() {
 fn reads_run_in_order_on_a_thread_of_their_own_and_survive_a_panic() {
     let directory = tempfile::tempdir().unwrap();
     let (store, _) = open(directory.path());
-    let (sender, results) = std::sync::mpsc::channel();
+    let (sender, results) = mpsc::channel();
     for number in 0..3 {
         let sender = sender.clone();
         store.spawn_read(Box::new(move || {

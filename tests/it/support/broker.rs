@@ -108,6 +108,20 @@ impl TestBroker {
         self.server().addresses()[0]
     }
 
+    /// Bytes of all files in the data directory.
+    pub fn data_bytes(&self) -> u64 {
+        fn bytes(directory: &std::path::Path) -> u64 {
+            let Ok(entries) = std::fs::read_dir(directory) else { return 0 };
+            let of = |entry: std::fs::DirEntry| match entry.metadata() {
+                Ok(file) if file.is_file() => file.len(),
+                Ok(_) => bytes(&entry.path()),
+                Err(_) => 0, // gone meanwhile
+            };
+            entries.flatten().map(of).sum()
+        }
+        bytes(&self.config.data_dir)
+    }
+
     /// Depth and use of a queue, from the inside.
     pub fn counts(&self, queue: &str) -> Counts {
         let vhost = self.server().broker().vhost("/").unwrap();

@@ -446,7 +446,9 @@ impl Peer {
         let (mut deliveries, mut committed) = (Vec::new(), false);
         while !committed || deliveries.len() < count {
             match self.method(number).await {
-                AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => deliveries.push(self.delivered(number, deliver).await),
+                AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => {
+                    deliveries.push(self.delivered(number, deliver).await)
+                }
                 AMQPClass::Tx(tx::AMQPMethod::CommitOk(_)) => committed = true,
                 other => panic!("{other:?}"),
             }

@@ -1,0 +1,9 @@
+#![no_main]
+
+use std::sync::LazyLock;
+
+use leveret_fuzz::{Lab, records};
+
+static LAB: LazyLock<Lab> = LazyLock::new(Lab::new);
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| records(&LAB, data));
