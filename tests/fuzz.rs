@@ -160,6 +160,7 @@ fn no_input_makes_the_broker_panic_hang_or_grow() {
         end_kib >> 10,
         lab.broker.store_stats(),
     );
+    println!("the broker said, by class and method: {:?}", lab.said.lock().unwrap());
     *current.0.lock().unwrap() = None;
     assert!(end_kib <= warm_kib + MAX_GROWTH_KIB, "resident memory grew from {warm_kib} to {end_kib} KiB");
 }

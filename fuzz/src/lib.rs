@@ -4,17 +4,17 @@
 //! Every function here panics when the broker does something it must not.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use amq_protocol::{
-    frame::{AMQPFrame, parse_frame},
-    protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue, tx},
+    protocol::{AMQPClass, basic, channel, confirm, connection, exchange, parse_class, queue, tx},
     types::{AMQPValue, FieldTable, parsing::parse_field_table},
 };
 use leveret::{
@@ -92,6 +92,8 @@ pub struct Lab {
     context: ConnectionContext,
     next_id: AtomicU64,
     directory: PathBuf,
+    /// How often the broker sent each method, by class and method number: what the inputs have reached.
+    pub said: Mutex<BTreeMap<(u16, u16), u64>>,
 }
 
 impl Lab {
@@ -116,7 +118,7 @@ impl Lab {
         };
         let auth = Arc::new(Authenticator::new([guest], []));
         let context = ConnectionContext { broker: broker.clone(), auth, limits: Arc::new(limits) };
-        Lab { broker, store, context, next_id: AtomicU64::new(1), directory }
+        Lab { broker, store, context, next_id: AtomicU64::new(1), directory, said: Mutex::default() }
     }
 
     fn session(&self) -> Session {
@@ -213,13 +215,13 @@ fn table(choices: &mut Choices<'_>, depth: usize) -> FieldTable {
 }
 
 /// A method of any class, mostly one that makes sense.
-fn class(choices: &mut Choices<'_>) -> AMQPClass {
+fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
     use basic::AMQPMethod as B;
     use queue::AMQPMethod as Q;
     let name = |choices: &mut Choices<'_>| choices.pick(&NAMES).into();
     match choices.below(34) {
-        0..3 => AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
-        3 => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 })),
+        0..3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
+        3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 })),
         4 => AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {})),
         5 => AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: choices.flag() })),
         6..10 => AMQPClass::Queue(Q::Declare(queue::Declare {
@@ -286,7 +288,7 @@ fn class(choices: &mut Choices<'_>) -> AMQPClass {
             2 => tx::AMQPMethod::Commit(tx::Commit {}),
             _ => tx::AMQPMethod::Rollback(tx::Rollback {}),
         }),
-        32 => AMQPClass::Connection(match choices.below(3) {
+        32 if !tame => AMQPClass::Connection(match choices.below(3) {
             0 => connection::AMQPMethod::UpdateSecret(connection::UpdateSecret { new_secret: "s".into(), reason: "r".into() }),
             1 => connection::AMQPMethod::Blocked(connection::Blocked { reason: "?".into() }),
             _ => connection::AMQPMethod::Close(connection::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 }),
@@ -309,12 +311,12 @@ fn settlement(choices: &mut Choices<'_>) -> AMQPClass {
     })
 }
 
-fn properties_of(choices: &mut Choices<'_>) -> Vec<u8> {
+fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
     use amq_protocol::{frame::WriteContext, protocol::{BasicProperties, basic::gen_properties}};
     match choices.below(8) {
         0 | 1 => vec![0x10, 0, 2],
         2 => vec![0, 0],
-        3 => choices.bytes(40).to_vec(),
+        3 if !tame => choices.bytes(40).to_vec(),
         _ => {
             let mut properties = BasicProperties::default().with_delivery_mode(choices.byte() % 4);
             if choices.flag() {
@@ -338,10 +340,10 @@ fn properties_of(choices: &mut Choices<'_>) -> Vec<u8> {
 }
 
 /// A publish, its content whole, wrong, in pieces or with something between.
-fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>) {
+fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>, tame: bool) {
     let exchange = choices.pick(&NAMES).into();
     let routing_key = choices.pick(&NAMES).into();
-    let publish = basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: choices.one_in(40) };
+    let publish = basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: !tame && choices.one_in(40) };
     push_method(out, channel, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
     let len = match choices.below(10) {
         0 => 0,
@@ -349,41 +351,45 @@ fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>) {
         7 | 8 => choices.below(9_000),
         _ => choices.below(65_536),
     };
-    let wrong = choices.one_in(24);
+    let wrong = !tame && choices.one_in(24);
     let mut header = vec![0, 60, 0, 0];
     if wrong && choices.flag() {
         header[choices.below(4)] ^= 1 << choices.below(8);
     }
     let announced = if wrong && choices.flag() { choices.number() >> choices.below(64) } else { len as u64 };
     header.extend_from_slice(&announced.to_be_bytes());
-    header.extend_from_slice(&properties_of(choices));
-    if choices.one_in(40) {
+    header.extend_from_slice(&properties_of(choices, tame));
+    if !tame && choices.one_in(40) {
         push_method(out, channel, &settlement(choices));
     }
     push_frame(out, 2, channel, &header);
     let body: Vec<u8> = (0..len).map(|at| at as u8).collect();
     let piece = if choices.flag() { FRAME_MAX as usize - 8 } else { 1 + choices.below(FRAME_MAX as usize - 8) };
     for (at, part) in body.chunks(piece.max(len / 40 + 1).min(FRAME_MAX as usize)).enumerate() {
-        if at < 3 && choices.one_in(30) {
-            push_method(out, channel ^ 1, &class(choices));
+        if !tame && at < 3 && choices.one_in(30) {
+            push_method(out, channel ^ 1, &class(choices, false));
         }
         push_frame(out, 3, channel, part);
     }
 }
 
-fn push_something(out: &mut Vec<u8>, choices: &mut Choices<'_>) {
+/// `tame` frames are in themselves right, though not always in their place.
+fn push_something(out: &mut Vec<u8>, choices: &mut Choices<'_>, tame: bool) {
     let start = out.len();
     let channel = match choices.below(16) {
+        0 | 1 if tame => 2,
         0 => 0,
         1 => u16::from_be_bytes([choices.byte(), choices.byte()]),
         2..5 => 2,
         _ => 1,
     };
     match choices.below(16) {
-        0..6 => push_method(out, channel, &class(choices)),
-        6..11 => push_publish(out, channel, choices),
+        0..6 => push_method(out, channel, &class(choices, tame)),
+        6..11 => push_publish(out, channel, choices, tame),
         11..13 => (0..1 + choices.below(4)).for_each(|_| push_method(out, channel, &settlement(choices))),
+        13 if tame => push_frame(out, 8, 0, &[]),
         13 => push_frame(out, 8, channel & 1, &[]),
+        _ if tame => push_publish(out, channel, choices, tame),
         14 => {
             // A known method with arguments of its own making.
             let (class, method) = choices.pick(&[(10, 11), (10, 31), (10, 40), (20, 10), (40, 10), (50, 10), (50, 20), (60, 20), (60, 40), (60, 80), (60, 120), (85, 10), (90, 10), (30, 10)]);
@@ -397,7 +403,7 @@ fn push_something(out: &mut Vec<u8>, choices: &mut Choices<'_>) {
             push_frame(out, kind, channel, payload);
         }
     }
-    if choices.one_in(24) && out.len() > start {
+    if !tame && choices.one_in(24) && out.len() > start {
         // Damage: some bytes change, or the end is missing.
         for _ in 0..1 + choices.below(3) {
             let at = start + choices.below(65_536) % (out.len() - start);
@@ -437,7 +443,7 @@ fn push_odd_handshake(out: &mut Vec<u8>, choices: &mut Choices<'_>) {
         }),
         1 => connection::AMQPMethod::TuneOk(connection::TuneOk { channel_max: choices.number() as u16, frame_max: choices.number() as u32, heartbeat: choices.byte().into() }),
         2 => connection::AMQPMethod::Open(connection::Open { virtual_host: choices.pick(&["/", "nope", ""]).into() }),
-        _ => return push_something(out, choices),
+        _ => return push_something(out, choices, false),
     };
     push_method(out, 0, &AMQPClass::Connection(method));
 }
@@ -448,11 +454,15 @@ struct Wire<'a> {
     carry: Vec<u8>,
     unread: Vec<u8>,
     lab: &'a Lab,
+    /// What is inside the frames has to be right, too.
+    strict: bool,
+    /// Channels the broker has closed.
+    closed: Vec<u16>,
 }
 
 impl<'a> Wire<'a> {
     fn new(lab: &'a Lab) -> Wire<'a> {
-        Wire { session: lab.session(), carry: Vec::new(), unread: Vec::new(), lab }
+        Wire { session: lab.session(), carry: Vec::new(), unread: Vec::new(), lab, strict: true, closed: Vec::new() }
     }
 
     /// Hands bytes over as `net` does; false when the connection has ended.
@@ -497,13 +507,21 @@ impl<'a> Wire<'a> {
             }
             outbox.recycle(&mut batch);
             outbox.refill();
-            let mut rest = self.unread.as_slice();
-            while !rest.is_empty() {
-                let (after, frame) = parse_frame(rest).expect("the broker writes whole frames");
-                assert!(rest.len() - after.len() <= FRAME_MAX as usize, "a frame larger than agreed");
-                assert!(!matches!(frame, AMQPFrame::ProtocolHeader(_)));
-                rest = after;
-            }
+            let strict = self.strict;
+            let mut said = self.lab.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            each_frame(&self.unread, &mut |kind, channel, payload| match kind {
+                1 if strict => {
+                    let (rest, class) = parse_class(payload).expect("the broker writes methods that others can read");
+                    assert!(rest.is_empty());
+                    *said.entry((class.get_amqp_class_id(), class.get_amqp_method_id())).or_default() += 1;
+                    if matches!(class, AMQPClass::Channel(channel::AMQPMethod::Close(_))) {
+                        self.closed.push(channel);
+                    }
+                }
+                2 if strict => drop(Properties::parse(&payload[12..]).expect("the broker writes properties that can be read")),
+                _ => {}
+            });
+            drop(said);
             self.unread.clear();
             self.unread.shrink_to(64 << 10);
         }
@@ -536,12 +554,18 @@ pub fn frames(lab: &Lab, data: &[u8]) {
             return;
         }
     }
-    let mut steps = 0;
+    let (tame, mut steps) = (choices.flag(), 0);
     while !choices.is_empty() && !wires.is_empty() && steps < 200 {
         steps += 1;
         let at = choices.below(wires.len());
         out.clear();
-        (0..1 + choices.below(6)).for_each(|_| push_something(&mut out, &mut choices));
+        for channel in std::mem::take(&mut wires[at].closed) {
+            if tame || choices.flag() {
+                push_method(&mut out, channel, &AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {})));
+                push_method(&mut out, channel, &AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})));
+            }
+        }
+        (0..1 + choices.below(6)).for_each(|_| push_something(&mut out, &mut choices, tame));
         let mut alive = true;
         let mut rest = out.as_slice();
         while alive && !rest.is_empty() {
@@ -566,6 +590,19 @@ pub fn frames(lab: &Lab, data: &[u8]) {
     drop(wires);
     if choices.one_in(4) || lab.queue_count() > 20 {
         lab.tidy();
+    }
+}
+
+/// Walks over frames, whose envelopes must be right.
+fn each_frame(mut bytes: &[u8], each: &mut dyn FnMut(u8, u16, &[u8])) {
+    while !bytes.is_empty() {
+        let head = bytes.first_chunk::<7>().expect("the broker writes whole frames");
+        let size = u32::from_be_bytes([head[3], head[4], head[5], head[6]]) as usize;
+        assert!(matches!(head[0], 1 | 2 | 3 | 8), "a frame of type {}", head[0]);
+        assert!(size + 8 <= FRAME_MAX as usize, "a frame larger than agreed");
+        assert_eq!(bytes.get(7 + size), Some(&0xCE), "a frame without its end");
+        each(head[0], u16::from_be_bytes([head[1], head[2]]), &bytes[7..7 + size]);
+        bytes = &bytes[8 + size..];
     }
 }
 
@@ -646,7 +683,7 @@ pub fn tables(data: &[u8]) {
         judge_method(&[prefix, &bytes].concat());
         judge_method(&[prefix, &bytes, &[0, 0, 0]].concat());
     }
-    let mut payload = method::payload(&class(&mut choices));
+    let mut payload = method::payload(&class(&mut choices, false));
     judge_method(&payload);
     if !payload.is_empty() {
         let at = choices.below(payload.len());
@@ -688,7 +725,7 @@ fn judge_properties(raw: &[u8]) {
 pub fn properties(data: &[u8]) {
     judge_properties(data);
     let mut choices = Choices::new(data);
-    let mut raw = properties_of(&mut choices);
+    let mut raw = properties_of(&mut choices, false);
     judge_properties(&raw);
     if !raw.is_empty() {
         let at = choices.below(raw.len());
@@ -810,7 +847,7 @@ pub fn records(lab: &Lab, data: &[u8]) {
     let broker = Broker::new(lab.store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 20, disk_free_limit_bytes: 0 });
     futures_lite::future::block_on(lab.store.durable(broker.ensure_vhost("/"))).expect("a vhost is made");
     let context = ConnectionContext { broker: broker.clone(), ..lab.context.clone() };
-    let mut wire = Wire { session: context.session(1, IpAddr::V4(Ipv4Addr::LOCALHOST)), carry: Vec::new(), unread: Vec::new(), lab };
+    let mut wire = Wire { session: context.session(1, IpAddr::V4(Ipv4Addr::LOCALHOST)), carry: Vec::new(), unread: Vec::new(), lab, strict: false, closed: Vec::new() };
     let mut out = Vec::new();
     push_handshake(&mut out, &mut choices);
     for _ in 0..3 {
@@ -820,7 +857,7 @@ pub fn records(lab: &Lab, data: &[u8]) {
     push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Consume(consume)));
     if wire.receive(&out) {
         wire.read();
-        push_publish(&mut out, 1, &mut choices);
+        push_publish(&mut out, 1, &mut choices, false);
         push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 0, multiple: true })));
         let _ = wire.receive(&out);
         wire.read();
@@ -880,17 +917,16 @@ fn converse(session: &mut Session, bytes: &[u8]) -> Vec<u64> {
             Step::Flush | Step::Drop { .. } => panic!("a well-behaved client is thrown out"),
         }
     }
-    let (mut rest, mut tags) = (written.as_slice(), Vec::new());
-    while !rest.is_empty() {
-        let (after, frame) = parse_frame(rest).expect("the broker writes whole frames");
-        rest = after;
-        match frame {
-            AMQPFrame::Method(_, AMQPClass::Basic(basic::AMQPMethod::GetOk(got))) => tags.push(got.delivery_tag),
-            AMQPFrame::Method(_, AMQPClass::Channel(channel::AMQPMethod::Close(close))) => panic!("{}", close.reply_text),
-            AMQPFrame::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => panic!("{}", close.reply_text),
+    let mut tags = Vec::new();
+    each_frame(&written, &mut |kind, _, payload| {
+        let method = if kind == 1 { parse_class(payload).ok().map(|(_, class)| class) } else { None };
+        match method {
+            Some(AMQPClass::Basic(basic::AMQPMethod::GetOk(got))) => tags.push(got.delivery_tag),
+            Some(AMQPClass::Channel(channel::AMQPMethod::Close(close))) => panic!("{}", close.reply_text),
+            Some(AMQPClass::Connection(connection::AMQPMethod::Close(close))) => panic!("{}", close.reply_text),
             _ => {}
         }
-    }
+    });
     tags
 }
 

@@ -110,8 +110,8 @@ async fn unknown_frames_and_heartbeats_with_a_payload_are_501() {
 async fn heartbeats_on_channels_and_content_on_channel_0_are_505() {
     let broker = TestBroker::start().await;
     refused(&broker, &frames::frame(HEARTBEAT, 1, &[]), 505, "UNEXPECTED_FRAME - type 8, all octets = <<>>").await;
-    refused(&broker, &frames::frame(BODY, 0, &[200]), 505, "UNEXPECTED_FRAME - type 3, all octets = <<200>>").await;
-    refused(&broker, &frames::frame(HEADER, 0, &[200]), 505, "UNEXPECTED_FRAME - type 2, all octets = <<200>>").await;
+    refused(&broker, &frames::frame(BODY, 0, &[1]), 505, "UNEXPECTED_FRAME - type 3, all octets = <<1>>").await;
+    refused(&broker, &frames::frame(HEADER, 0, &[1]), 505, "UNEXPECTED_FRAME - type 2, all octets = <<1>>").await;
     broker.stop().await;
 }
 
@@ -319,7 +319,7 @@ async fn bodies_around_every_threshold_arrive_whole() {
             assert!(message.body == body, "{size}");
         }
     }
-    let body: Vec<u8> = (0..5 << 20).map(|at| (at * 13 >> 3) as u8).collect();
+    let body: Vec<u8> = (0..5 << 20).map(|at| ((at * 13) >> 3) as u8).collect();
     peer.publish(1, "q", &body).await;
     assert!(peer.get(1, "q", true).await.unwrap().body == body);
     broker.stop().await;

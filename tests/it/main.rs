@@ -4,6 +4,8 @@
 //! `support::program` for the real binary), and waits for conditions instead of sleeping. The stock client is lapin; what
 //! a client library would hide goes through `support::Peer`, which speaks frames.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, and the helpers are part of the tests")]
+
 mod support;
 
 mod channel;

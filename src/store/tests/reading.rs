@@ -1,7 +1,5 @@
 //! Reading back: order, bounds, gaps, pages, deletions, and damage.
 
-use rocksdb::IteratorMode;
-
 use super::*;
 
 /// The first position of a segment.
@@ -130,9 +128,7 @@ fn deleting_records_takes_whole_runs_within_the_range_and_nothing_else() {
     let queue = TestQueue::new(&store);
     let records = numbered(0..5_000);
     for part in records.chunks(100) {
-        queue.append_all(&store, &part.to_vec());
-        let page = (part[0].0 + 50, b"page".to_vec());
-        commit(&store, queue.change(&store, [Change::Page(page.0, page.1)]));
+        commit(&store, queue.append_all(&store, &part.to_vec()));
     }
     // (from, until) and what is gone after it, together with what was gone before.
     let cases = [
@@ -141,24 +137,23 @@ fn deleting_records_takes_whole_runs_within_the_range_and_nothing_else() {
         ((0, 300), 0..200),
         ((0, 301), 0..300),
         ((0, segment(1)), 0..segment(1)),
-        ((segment(1), segment(1) + 30), 0..segment(1)),
-        ((0, 4_150), 0..segment(1)),
+        ((segment(1), segment(1) + 30), 0..4_100),
+        ((0, 4_150), 0..4_100),
         ((0, 4_350), 0..4_300),
         ((0, 6_000), 0..4_900),
     ];
     for ((from, until), gone) in cases {
-        let change = Change::DeleteRecords(from, until);
-        commit(&store, queue.change(&store, [change]));
+        commit(&store, queue.change(&store, [Change::DeleteRecords(from, until)]));
         let left: Records = records.iter().filter(|(seq, _)| !gone.contains(seq)).cloned().collect();
-        let log =
-            store.rocks.with(|db| Ok(db.iterator_cf(db.cf_handle(key::LOG).unwrap(), IteratorMode::Start).count()));
-        let read: Records = read_all(&store, queue.id);
-        assert_eq!(read.len(), left.len(), "{from}..{until}");
-        assert!(log.unwrap() >= left.len() / 100);
-        assert!(read.iter().zip(&left).all(|(read, left)| read.0 == left.0), "{from}..{until}");
+        assert!(read_all(&store, queue.id) == left, "{from}..{until}");
     }
     commit(&store, queue.append(&store, 5_000, b"next"));
     assert_eq!(read_range(&store, queue.id, 4_999, 6_000), [records[4_999].clone(), (5_000, b"next".to_vec())]);
+    for (seq, record) in &records[..3] {
+        commit(&store, queue.change(&store, [Change::Page(*seq, record.clone())]));
+    }
+    commit(&store, queue.change(&store, [Change::DeleteRecords(0, 2)]));
+    assert_eq!(read_range(&store, queue.id, 0, 10), records[1..3]);
 }
 
 #[test]
@@ -173,21 +168,18 @@ fn sweeping_gives_back_what_was_deleted_and_what_short_runs_share_with_long_ones
     };
     // Every blob file holds something of both.
     let mut kept = Records::new();
-    for part in 0..40 {
-        let (record, keep) = ((part, noise(part, 4 << 20)), (part, noise(part + 99, 2_000)));
+    for part in 0..45 {
+        let (record, keep) = ((part, noise(part, 2 << 20)), (part, noise(part + 99, 2_000)));
         short.append_all(&store, &vec![record]);
         commit(&store, long.append_all(&store, &vec![keep.clone()]));
         kept.push(keep);
     }
     store.rocks.with(|db| Ok(db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap())).unwrap();
-    assert!(used() > 150 << 20, "{}", used());
+    assert!(used() > 85 << 20, "{}", used());
     commit(&store, short.change(&store, [Change::DeleteSegments(0, 1)]));
     let deleted = BTreeMap::from([(short.id, (0, segment(1)))]);
-    // Half of the files at a time.
-    for _ in 0..3 {
-        store.rocks.sweep(&deleted);
-    }
-    eventually("the files are gone", || used() < 80 << 20);
+    store.rocks.sweep(&deleted); // out of the older half; the garbage that is left is not worth another go
+    eventually("the files are gone", || used() < 60 << 20);
     assert!(read_all(&store, long.id) == kept);
     store.shutdown().unwrap();
     let (store, _) = open(directory.path());

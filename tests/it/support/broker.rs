@@ -15,7 +15,10 @@ use leveret::{
 };
 use tempfile::TempDir;
 
-use super::peer::{Login, Peer, hang_up};
+use super::{
+    login::Login,
+    peer::{Peer, hang_up},
+};
 
 /// Panics of anything that is not a test, with their places.
 static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());

@@ -2,6 +2,7 @@
 
 pub mod broker;
 pub mod frames;
+pub mod login;
 pub mod peer;
 pub mod program;
 
@@ -11,7 +12,8 @@ use amq_protocol::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, message::BasicGetMessage, options::*};
 
 pub use broker::TestBroker;
-pub use peer::{Login, Peer};
+pub use login::Login;
+pub use peer::Peer;
 
 /// How long anything that must happen may take.
 pub const LIMIT: Duration = Duration::from_secs(10);
