@@ -113,11 +113,13 @@ fn no_input_makes_the_broker_panic_hang_or_grow() {
     let lab = Lab::new();
     if let Ok(again) = std::env::var("FUZZ_INPUT") {
         let (target, digits) = again.split_once(':').expect("FUZZ_INPUT=<target>:<hex>");
-        let input: Vec<u8> = (0..digits.len() / 2).map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).expect("hex")).collect();
+        let input: Vec<u8> =
+            (0..digits.len() / 2).map(|at| u8::from_str_radix(&digits[2 * at..2 * at + 2], 16).expect("hex")).collect();
         return run(&lab, target, &input);
     }
     let patience = Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(10));
-    let seed = number("FUZZ_SEED").unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64));
+    let seed = number("FUZZ_SEED")
+        .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64));
     println!("FUZZ_SEED={seed}");
     let (mut rng, current, began) = (Rng(seed), Current::default(), Instant::now());
     current.watch();
@@ -178,7 +180,11 @@ fn options(path: &Path) -> StoreOptions {
 /// Makes a data directory with everything in it, through a client's eyes.
 fn make_directory(path: &Path) {
     let (store, recovered) = Store::open(options(path)).expect("opens");
-    let broker = Broker::new(store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 });
+    let broker = Broker::new(
+        store.clone(),
+        recovered,
+        leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 },
+    );
     futures_lite::future::block_on(store.durable(broker.ensure_vhost("/"))).expect("written");
     harness::fill(&broker);
     drop(broker);
@@ -191,7 +197,11 @@ fn scribble(path: &Path, rng: &mut Rng) -> usize {
     let mut changed = 0;
     for name in FAMILIES {
         let family = db.cf_handle(name).expect("a family");
-        let all: Family = db.iterator_cf(family, rocksdb::IteratorMode::Start).flatten().map(|(key, value)| (key.into(), value.into())).collect();
+        let all: Family = db
+            .iterator_cf(family, rocksdb::IteratorMode::Start)
+            .flatten()
+            .map(|(key, value)| (key.into(), value.into()))
+            .collect();
         for (key, mut value) in all {
             // The store's own records say which format it is; without them it refuses to start, as it should.
             if (name == "meta" && key.first() == Some(&0)) || rng.below(4) != 0 {
@@ -244,7 +254,8 @@ fn copy(from: &Path, to: &Path) {
 #[test]
 fn a_damaged_data_directory_boots_and_serves_what_is_left() {
     let patience = Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(10) / 2);
-    let seed = number("FUZZ_SEED").unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64));
+    let seed = number("FUZZ_SEED")
+        .unwrap_or_else(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64));
     let directory = tempfile::tempdir().expect("a temporary directory");
     let whole = directory.path().join("whole");
     make_directory(&whole);
@@ -258,7 +269,11 @@ fn a_damaged_data_directory_boots_and_serves_what_is_left() {
             copy(&whole, &path);
             let changes = scribble(&path, &mut rng);
             let (store, recovered) = Store::open(options(&path)).expect("a damaged directory opens");
-            let broker = Broker::new(store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 });
+            let broker = Broker::new(
+                store.clone(),
+                recovered,
+                leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 },
+            );
             futures_lite::future::block_on(store.durable(broker.ensure_vhost("/"))).expect("written");
             let seen = harness::empty(&broker);
             let stats = store.stats();
@@ -266,7 +281,11 @@ fn a_damaged_data_directory_boots_and_serves_what_is_left() {
             drop(broker);
             store.shutdown().expect("a clean end");
             let (store, recovered) = Store::open(options(&path)).expect("opens again");
-            let broker = Broker::new(store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 });
+            let broker = Broker::new(
+                store.clone(),
+                recovered,
+                leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 30, disk_free_limit_bytes: 0 },
+            );
             futures_lite::future::block_on(store.durable(broker.ensure_vhost("/"))).expect("written");
             assert_eq!(harness::empty(&broker), 0, "messages came back that were taken and synced");
             drop(broker);
@@ -278,5 +297,7 @@ fn a_damaged_data_directory_boots_and_serves_what_is_left() {
         (rounds, changed, damaged, served) = (rounds + 1, changed + changes, damaged + damage, served + seen);
     }
     *current.0.lock().unwrap() = None;
-    println!("{rounds} directories with {changed} changes: {damaged} damaged records reported, {served} messages served; FUZZ_SEED={seed}");
+    println!(
+        "{rounds} directories with {changed} changes: {damaged} damaged records reported, {served} messages served; FUZZ_SEED={seed}"
+    );
 }

@@ -105,7 +105,11 @@ impl Lab {
         let options = StoreOptions { path: directory.clone(), sync: false, ..StoreOptions::default() };
         let (store, recovered) = Store::open(options).expect("a fresh store opens");
         // A small budget, so that inputs with large messages page out.
-        let broker = Broker::new(store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 2 << 20, disk_free_limit_bytes: 0 });
+        let broker = Broker::new(
+            store.clone(),
+            recovered,
+            leveret::broker::BrokerLimits { memory_budget_bytes: 2 << 20, disk_free_limit_bytes: 0 },
+        );
         futures_lite::future::block_on(store.durable(broker.ensure_vhost("/"))).expect("a vhost is made");
         let guest = User::new("guest", PasswordHash::new("guest")).with_permission("/", Permission::full());
         let limits = SessionLimits {
@@ -159,8 +163,24 @@ impl Drop for Lab {
 // Frames
 
 const NAMES: [&str; 18] = [
-    "q1", "q2", "q3", "", "x.direct", "x.topic", "x.fanout", "x.headers", "amq.direct", "amq.topic", "amq.headers", "amq.fanout", "amq.rabbitmq.reply-to",
-    "amq.nope", "a.b.c", "*.b.#", "#", "with\r\nline",
+    "q1",
+    "q2",
+    "q3",
+    "",
+    "x.direct",
+    "x.topic",
+    "x.fanout",
+    "x.headers",
+    "amq.direct",
+    "amq.topic",
+    "amq.headers",
+    "amq.fanout",
+    "amq.rabbitmq.reply-to",
+    "amq.nope",
+    "a.b.c",
+    "*.b.#",
+    "#",
+    "with\r\nline",
 ];
 
 fn push_frame(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8]) {
@@ -198,14 +218,30 @@ fn value(choices: &mut Choices<'_>, depth: usize) -> AMQPValue {
 
 fn table(choices: &mut Choices<'_>, depth: usize) -> FieldTable {
     const KEYS: [&str; 16] = [
-        "x-match", "x-priority", "x-max-length", "x-message-ttl", "x-expires", "x-dead-letter-exchange", "x-dead-letter-routing-key", "x-queue-type",
-        "x-overflow", "x-max-priority", "alternate-exchange", "x-name-prefix", "CC", "BCC", "a", "b",
+        "x-match",
+        "x-priority",
+        "x-max-length",
+        "x-message-ttl",
+        "x-expires",
+        "x-dead-letter-exchange",
+        "x-dead-letter-routing-key",
+        "x-queue-type",
+        "x-overflow",
+        "x-max-priority",
+        "alternate-exchange",
+        "x-name-prefix",
+        "CC",
+        "BCC",
+        "a",
+        "b",
     ];
     let mut table = FieldTable::default();
     for _ in 0..choices.below(5) {
         let key = choices.pick(&KEYS);
         let value = match key {
-            "x-match" => AMQPValue::LongString(choices.pick(&["any", "all", "any-with-x", "all-with-x", "none"]).into()),
+            "x-match" => {
+                AMQPValue::LongString(choices.pick(&["any", "all", "any-with-x", "all-with-x", "none"]).into())
+            }
             "alternate-exchange" => AMQPValue::LongString(choices.pick(&NAMES).into()),
             _ => value(choices, depth),
         };
@@ -221,7 +257,12 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
     let name = |choices: &mut Choices<'_>| choices.pick(&NAMES).into();
     match choices.below(34) {
         0..3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
-        3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 })),
+        3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close {
+            reply_code: 200,
+            reply_text: "bye".into(),
+            class_id: 0,
+            method_id: 0,
+        })),
         4 => AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {})),
         5 => AMQPClass::Channel(channel::AMQPMethod::Flow(channel::Flow { active: choices.flag() })),
         6..10 => AMQPClass::Queue(Q::Declare(queue::Declare {
@@ -240,9 +281,19 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
             nowait: choices.one_in(4),
             arguments: if choices.one_in(3) { table(choices, 2) } else { FieldTable::default() },
         })),
-        12 => AMQPClass::Queue(Q::Unbind(queue::Unbind { queue: name(choices), exchange: name(choices), routing_key: name(choices), arguments: FieldTable::default() })),
+        12 => AMQPClass::Queue(Q::Unbind(queue::Unbind {
+            queue: name(choices),
+            exchange: name(choices),
+            routing_key: name(choices),
+            arguments: FieldTable::default(),
+        })),
         13 => AMQPClass::Queue(Q::Purge(queue::Purge { queue: name(choices), nowait: choices.flag() })),
-        14 => AMQPClass::Queue(Q::Delete(queue::Delete { queue: name(choices), if_unused: choices.one_in(3), if_empty: choices.one_in(3), nowait: choices.flag() })),
+        14 => AMQPClass::Queue(Q::Delete(queue::Delete {
+            queue: name(choices),
+            if_unused: choices.one_in(3),
+            if_empty: choices.one_in(3),
+            nowait: choices.flag(),
+        })),
         15..17 => AMQPClass::Exchange(exchange::AMQPMethod::Declare(exchange::Declare {
             exchange: name(choices),
             kind: choices.pick(&["direct", "topic", "fanout", "headers", "x-none", ""]).into(),
@@ -253,7 +304,11 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
             nowait: choices.one_in(4),
             arguments: if choices.one_in(3) { table(choices, 2) } else { FieldTable::default() },
         })),
-        17 => AMQPClass::Exchange(exchange::AMQPMethod::Delete(exchange::Delete { exchange: name(choices), if_unused: choices.flag(), nowait: choices.flag() })),
+        17 => AMQPClass::Exchange(exchange::AMQPMethod::Delete(exchange::Delete {
+            exchange: name(choices),
+            if_unused: choices.flag(),
+            nowait: choices.flag(),
+        })),
         18 => AMQPClass::Exchange(exchange::AMQPMethod::Bind(exchange::Bind {
             destination: name(choices),
             source: name(choices),
@@ -277,8 +332,14 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
             nowait: choices.one_in(4),
             arguments: if choices.one_in(4) { table(choices, 1) } else { FieldTable::default() },
         })),
-        23 => AMQPClass::Basic(B::Cancel(basic::Cancel { consumer_tag: choices.pick(&["c1", "c2", "c3", "c4"]).into(), nowait: choices.flag() })),
-        24 => AMQPClass::Basic(B::Qos(basic::Qos { prefetch_count: u16::from(choices.byte() % 8), global: choices.flag() })),
+        23 => AMQPClass::Basic(B::Cancel(basic::Cancel {
+            consumer_tag: choices.pick(&["c1", "c2", "c3", "c4"]).into(),
+            nowait: choices.flag(),
+        })),
+        24 => AMQPClass::Basic(B::Qos(basic::Qos {
+            prefetch_count: u16::from(choices.byte() % 8),
+            global: choices.flag(),
+        })),
         25..28 => AMQPClass::Basic(B::Get(basic::Get { queue: name(choices), no_ack: choices.flag() })),
         28 => AMQPClass::Basic(B::Recover(basic::Recover { requeue: !choices.one_in(8) })),
         29 => AMQPClass::Basic(B::RecoverAsync(basic::RecoverAsync { requeue: !choices.one_in(8) })),
@@ -289,9 +350,17 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
             _ => tx::AMQPMethod::Rollback(tx::Rollback {}),
         }),
         32 if !tame => AMQPClass::Connection(match choices.below(3) {
-            0 => connection::AMQPMethod::UpdateSecret(connection::UpdateSecret { new_secret: "s".into(), reason: "r".into() }),
+            0 => connection::AMQPMethod::UpdateSecret(connection::UpdateSecret {
+                new_secret: "s".into(),
+                reason: "r".into(),
+            }),
             1 => connection::AMQPMethod::Blocked(connection::Blocked { reason: "?".into() }),
-            _ => connection::AMQPMethod::Close(connection::Close { reply_code: 200, reply_text: "bye".into(), class_id: 0, method_id: 0 }),
+            _ => connection::AMQPMethod::Close(connection::Close {
+                reply_code: 200,
+                reply_text: "bye".into(),
+                class_id: 0,
+                method_id: 0,
+            }),
         }),
         _ => AMQPClass::Channel(channel::AMQPMethod::FlowOk(channel::FlowOk { active: true })),
     }
@@ -312,7 +381,10 @@ fn settlement(choices: &mut Choices<'_>) -> AMQPClass {
 }
 
 fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
-    use amq_protocol::{frame::WriteContext, protocol::{BasicProperties, basic::gen_properties}};
+    use amq_protocol::{
+        frame::WriteContext,
+        protocol::{BasicProperties, basic::gen_properties},
+    };
     match choices.below(8) {
         0 | 1 => vec![0x10, 0, 2],
         2 => vec![0, 0],
@@ -323,7 +395,8 @@ fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
                 properties = properties.with_headers(table(choices, 3));
             }
             if choices.one_in(4) {
-                properties = properties.with_expiration(choices.pick(&["1000", "0", "-1", "", "99999999999999999999", "7ms"]).into());
+                properties = properties
+                    .with_expiration(choices.pick(&["1000", "0", "-1", "", "99999999999999999999", "7ms"]).into());
             }
             if choices.one_in(4) {
                 properties = properties.with_reply_to(choices.pick(&["amq.rabbitmq.reply-to", "q1", ""]).into());
@@ -332,9 +405,14 @@ fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
                 properties = properties.with_user_id(choices.pick(&["guest", "root", ""]).into());
             }
             if choices.one_in(4) {
-                properties = properties.with_priority(choices.byte()).with_timestamp(choices.number()).with_message_id("m".into());
+                properties = properties
+                    .with_priority(choices.byte())
+                    .with_timestamp(choices.number())
+                    .with_message_id("m".into());
             }
-            gen_properties(&properties)(WriteContext::from(Vec::new())).map(|written| written.into_inner().0).unwrap_or_default()
+            gen_properties(&properties)(WriteContext::from(Vec::new()))
+                .map(|written| written.into_inner().0)
+                .unwrap_or_default()
         }
     }
 }
@@ -343,7 +421,8 @@ fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
 fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>, tame: bool) {
     let exchange = choices.pick(&NAMES).into();
     let routing_key = choices.pick(&NAMES).into();
-    let publish = basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: !tame && choices.one_in(40) };
+    let publish =
+        basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: !tame && choices.one_in(40) };
     push_method(out, channel, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
     let len = match choices.below(10) {
         0 => 0,
@@ -392,7 +471,22 @@ fn push_something(out: &mut Vec<u8>, choices: &mut Choices<'_>, tame: bool) {
         _ if tame => push_publish(out, channel, choices, tame),
         14 => {
             // A known method with arguments of its own making.
-            let (class, method) = choices.pick(&[(10, 11), (10, 31), (10, 40), (20, 10), (40, 10), (50, 10), (50, 20), (60, 20), (60, 40), (60, 80), (60, 120), (85, 10), (90, 10), (30, 10)]);
+            let (class, method) = choices.pick(&[
+                (10, 11),
+                (10, 31),
+                (10, 40),
+                (20, 10),
+                (40, 10),
+                (50, 10),
+                (50, 20),
+                (60, 20),
+                (60, 40),
+                (60, 80),
+                (60, 120),
+                (85, 10),
+                (90, 10),
+                (30, 10),
+            ]);
             let mut payload = vec![0, class, 0, method];
             payload.extend_from_slice(choices.bytes(60));
             push_frame(out, 1, channel, &payload);
@@ -423,10 +517,27 @@ fn push_handshake(out: &mut Vec<u8>, choices: &mut Choices<'_>) {
         capabilities.insert("authentication_failure_close".into(), AMQPValue::Boolean(true));
         client_properties.insert("capabilities".into(), AMQPValue::FieldTable(capabilities));
     }
-    let start_ok = connection::StartOk { client_properties, mechanism: "PLAIN".into(), response: "\0guest\0guest".into(), locale: "en_US".into() };
+    let start_ok = connection::StartOk {
+        client_properties,
+        mechanism: "PLAIN".into(),
+        response: "\0guest\0guest".into(),
+        locale: "en_US".into(),
+    };
     push_method(out, 0, &AMQPClass::Connection(connection::AMQPMethod::StartOk(start_ok)));
-    push_method(out, 0, &AMQPClass::Connection(connection::AMQPMethod::TuneOk(connection::TuneOk { channel_max: 64, frame_max: FRAME_MAX, heartbeat: 0 })));
-    push_method(out, 0, &AMQPClass::Connection(connection::AMQPMethod::Open(connection::Open { virtual_host: "/".into() })));
+    push_method(
+        out,
+        0,
+        &AMQPClass::Connection(connection::AMQPMethod::TuneOk(connection::TuneOk {
+            channel_max: 64,
+            frame_max: FRAME_MAX,
+            heartbeat: 0,
+        })),
+    );
+    push_method(
+        out,
+        0,
+        &AMQPClass::Connection(connection::AMQPMethod::Open(connection::Open { virtual_host: "/".into() })),
+    );
     for channel in 1..3 {
         push_method(out, channel, &AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})));
     }
@@ -441,7 +552,11 @@ fn push_odd_handshake(out: &mut Vec<u8>, choices: &mut Choices<'_>) {
             response: if choices.flag() { "\0guest\0guest".into() } else { choices.bytes(40).to_vec().into() },
             locale: "en_US".into(),
         }),
-        1 => connection::AMQPMethod::TuneOk(connection::TuneOk { channel_max: choices.number() as u16, frame_max: choices.number() as u32, heartbeat: choices.byte().into() }),
+        1 => connection::AMQPMethod::TuneOk(connection::TuneOk {
+            channel_max: choices.number() as u16,
+            frame_max: choices.number() as u32,
+            heartbeat: choices.byte().into(),
+        }),
         2 => connection::AMQPMethod::Open(connection::Open { virtual_host: choices.pick(&["/", "nope", ""]).into() }),
         _ => return push_something(out, choices, false),
     };
@@ -518,7 +633,9 @@ impl<'a> Wire<'a> {
                         self.closed.push(channel);
                     }
                 }
-                2 if strict => drop(Properties::parse(&payload[12..]).expect("the broker writes properties that can be read")),
+                2 if strict => {
+                    drop(Properties::parse(&payload[12..]).expect("the broker writes properties that can be read"))
+                }
                 _ => {}
             });
             drop(said);
@@ -661,7 +778,11 @@ fn judge_method(payload: &[u8]) {
     let _ = check_method_table(payload);
     if let Ok(class) = method::parse(payload) {
         let written = method::payload(&class);
-        assert_eq!(method::parse(&written).as_ref().map(method::payload), Ok(written), "a method changes when it is written");
+        assert_eq!(
+            method::parse(&written).as_ref().map(method::payload),
+            Ok(written),
+            "a method changes when it is written"
+        );
     }
     let _ = (SettleView::read(payload), GetView::read(payload), HeaderView::read(payload));
     if let Ok(publish) = PublishView::read(payload) {
@@ -679,7 +800,12 @@ pub fn tables(data: &[u8]) {
     let depth = choices.below(48);
     push_raw_table(&mut bytes, &mut choices, depth, true);
     judge_table(&bytes);
-    for prefix in [&[0, 10, 0, 11][..], &[0, 50, 0, 10, 0, 0, 1, b'q', 0], &[0, 60, 0, 20, 0, 0, 0, 0, 0], &[0, 40, 0, 10, 0, 0, 1, b'x', 1, b'y', 0]] {
+    for prefix in [
+        &[0, 10, 0, 11][..],
+        &[0, 50, 0, 10, 0, 0, 1, b'q', 0],
+        &[0, 60, 0, 20, 0, 0, 0, 0, 0],
+        &[0, 40, 0, 10, 0, 0, 1, b'x', 1, b'y', 0],
+    ] {
         judge_method(&[prefix, &bytes].concat());
         judge_method(&[prefix, &bytes, &[0, 0, 0]].concat());
     }
@@ -705,9 +831,17 @@ fn judge_properties(raw: &[u8]) {
         return;
     };
     assert!(plain.is_none_or(|persistent| persistent == view.is_persistent()));
-    for changed in [view.with_reply_to(&[b'r'; 300]), view.with_expiration(b"1"), view.without_header(b"CC"), view.without_header(b"")] {
+    for changed in [
+        view.with_reply_to(&[b'r'; 300]),
+        view.with_expiration(b"1"),
+        view.without_header(b"CC"),
+        view.without_header(b""),
+    ] {
         let changed = Properties::parse(&changed).expect("changed properties stay readable");
-        assert_eq!((changed.is_persistent(), changed.priority(), changed.user_id()), (view.is_persistent(), view.priority(), view.user_id()));
+        assert_eq!(
+            (changed.is_persistent(), changed.priority(), changed.user_id()),
+            (view.is_persistent(), view.priority(), view.user_id())
+        );
     }
     if view.raw_headers().is_none_or(|table| check_table(table).is_ok_and(<[u8]>::is_empty)) {
         let _ = view.headers();
@@ -844,21 +978,40 @@ pub fn records(lab: &Lab, data: &[u8]) {
         definitions.push((key, value));
     }
     let recovered = Recovered { definitions, states: vec![(id, state)], next_queue_id: id.0 + 1 };
-    let broker = Broker::new(lab.store.clone(), recovered, leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 20, disk_free_limit_bytes: 0 });
+    let broker = Broker::new(
+        lab.store.clone(),
+        recovered,
+        leveret::broker::BrokerLimits { memory_budget_bytes: 1 << 20, disk_free_limit_bytes: 0 },
+    );
     futures_lite::future::block_on(lab.store.durable(broker.ensure_vhost("/"))).expect("a vhost is made");
     let context = ConnectionContext { broker: broker.clone(), ..lab.context.clone() };
-    let mut wire = Wire { session: context.session(1, IpAddr::V4(Ipv4Addr::LOCALHOST)), carry: Vec::new(), unread: Vec::new(), lab, strict: false, closed: Vec::new() };
+    let mut wire = Wire {
+        session: context.session(1, IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        carry: Vec::new(),
+        unread: Vec::new(),
+        lab,
+        strict: false,
+        closed: Vec::new(),
+    };
     let mut out = Vec::new();
     push_handshake(&mut out, &mut choices);
     for _ in 0..3 {
-        push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q1".into(), no_ack: choices.flag() })));
+        push_method(
+            &mut out,
+            1,
+            &AMQPClass::Basic(basic::AMQPMethod::Get(basic::Get { queue: "q1".into(), no_ack: choices.flag() })),
+        );
     }
     let consume = basic::Consume { queue: "q1".into(), consumer_tag: "c".into(), ..basic::Consume::default() };
     push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Consume(consume)));
     if wire.receive(&out) {
         wire.read();
         push_publish(&mut out, 1, &mut choices, false);
-        push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 0, multiple: true })));
+        push_method(
+            &mut out,
+            1,
+            &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 0, multiple: true })),
+        );
         let _ = wire.receive(&out);
         wire.read();
     }
@@ -944,9 +1097,19 @@ pub fn fill(broker: &Arc<Broker>) {
         let declare = queue::Declare { queue: (*name).into(), durable: true, ..queue::Declare::default() };
         push_method(&mut out, 1, &AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
         let (exchange, kind) = (format!("fill.x{at}"), ["direct", "topic", "headers"][at]);
-        let declare = exchange::Declare { exchange: exchange.as_str().into(), kind: kind.into(), durable: true, ..exchange::Declare::default() };
+        let declare = exchange::Declare {
+            exchange: exchange.as_str().into(),
+            kind: kind.into(),
+            durable: true,
+            ..exchange::Declare::default()
+        };
         push_method(&mut out, 1, &AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)));
-        let bind = queue::Bind { queue: (*name).into(), exchange: exchange.as_str().into(), routing_key: "a.#".into(), ..queue::Bind::default() };
+        let bind = queue::Bind {
+            queue: (*name).into(),
+            exchange: exchange.as_str().into(),
+            routing_key: "a.#".into(),
+            ..queue::Bind::default()
+        };
         push_method(&mut out, 1, &AMQPClass::Queue(queue::AMQPMethod::Bind(bind)));
     }
     converse(&mut session, &out);
@@ -954,7 +1117,12 @@ pub fn fill(broker: &Arc<Broker>) {
         out.clear();
         for (at, name) in FILLED.iter().enumerate() {
             for count in 0..10 + at * 10 {
-                let publish = basic::Publish { exchange: "".into(), routing_key: (*name).into(), mandatory: false, immediate: false };
+                let publish = basic::Publish {
+                    exchange: "".into(),
+                    routing_key: (*name).into(),
+                    mandatory: false,
+                    immediate: false,
+                };
                 push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
                 let len = if count == 5 { 30_000 } else { 10 + count * 7 + round };
                 let mut header = vec![0, 60, 0, 0];
@@ -968,7 +1136,11 @@ pub fn fill(broker: &Arc<Broker>) {
         let tags = converse(&mut session, &out);
         out.clear();
         for tag in tags.iter().skip(round).step_by(2) {
-            push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: *tag, multiple: false })));
+            push_method(
+                &mut out,
+                1,
+                &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: *tag, multiple: false })),
+            );
         }
         converse(&mut session, &out);
         std::thread::sleep(std::time::Duration::from_millis(10)); // a round or two pass
@@ -998,11 +1170,19 @@ pub fn empty(broker: &Arc<Broker>) -> usize {
             }
             seen += tags.len();
             out.clear();
-            push_method(&mut out, 1, &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 0, multiple: true })));
+            push_method(
+                &mut out,
+                1,
+                &AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag: 0, multiple: true })),
+            );
             converse(&mut session, &out);
         }
         let counts = queue.counts();
-        assert_eq!((counts.ready, counts.ready_bytes, counts.unacked, counts.unacked_bytes), (0, 0, 0, 0), "counts of an empty queue");
+        assert_eq!(
+            (counts.ready, counts.ready_bytes, counts.unacked, counts.unacked_bytes),
+            (0, 0, 0, 0),
+            "counts of an empty queue"
+        );
     }
     session.release();
     seen

@@ -57,7 +57,11 @@ impl Session {
                 match view {
                     Err(_) => failure = Some(at(undecodable(frame.payload))),
                     Ok(_) if !exists => {
-                        let text = if number == 0 { "unexpected method in connection state running" } else { "expected 'channel.open'" };
+                        let text = if number == 0 {
+                            "unexpected method in connection state running"
+                        } else {
+                            "expected 'channel.open'"
+                        };
                         failure = Some(at(Fault::new(504, text)));
                     }
                     Ok(view) => {

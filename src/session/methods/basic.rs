@@ -32,14 +32,8 @@ impl Session {
             B::Cancel(cancel) => self.cancel(number, &cancel),
             B::CancelOk(_) => Ok(Answer::None), // the client's answer to a server-sent cancel
             B::Get(get) => self.get(number, get.queue.as_str(), get.no_ack),
-            B::Recover(recover) => {
-                self.recover(number, recover.requeue)?;
-                Ok(Answer::Now(AMQPClass::Basic(B::RecoverOk(basic::RecoverOk {}))))
-            }
-            B::RecoverAsync(recover) => {
-                self.recover(number, recover.requeue)?;
-                Ok(Answer::None)
-            }
+            B::Recover(recover) => self.recover(number, recover.requeue, true),
+            B::RecoverAsync(recover) => self.recover(number, recover.requeue, false),
             _ => Err(Fault::new(503, "unimplemented method")),
         }
     }
@@ -59,10 +53,11 @@ impl Session {
             // RabbitMQ: a count per consumer lifts the one of the channel.
             self.outbox.set_channel_prefetch(number, 0)
         };
+        self.reply(number, &AMQPClass::Basic(basic::AMQPMethod::QosOk(basic::QosOk {})));
         for (queue, consumer) in unblocked {
             queue.unblock(consumer, &mut self.effects);
         }
-        Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::QosOk(basic::QosOk {}))))
+        Ok(Answer::None)
     }
 
     fn consume(&mut self, number: u16, consume: &basic::Consume) -> Result<Answer, Fault> {
@@ -170,13 +165,17 @@ impl Session {
         handed
     }
 
-    fn recover(&mut self, number: u16, requeue: bool) -> Result<(), Fault> {
+    fn recover(&mut self, number: u16, requeue: bool, answered: bool) -> Result<Answer, Fault> {
         if !requeue {
             return Err(Fault::new(540, "requeue=false"));
         }
         self.outbox.take_unacked(number, &mut self.settling);
+        if answered {
+            // Before the deliveries that it lets loose.
+            self.reply(number, &AMQPClass::Basic(basic::AMQPMethod::RecoverOk(basic::RecoverOk {})));
+        }
         self.apply_settlements(Settlement::Requeue, false);
-        Ok(())
+        Ok(Answer::None)
     }
 }
 
