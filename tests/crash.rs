@@ -4,6 +4,8 @@
 //!
 //! `CRASH_ROUNDS` sets how many kills (8), `CRASH_SEED` repeats the choices of a run (not its timing).
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 #[path = "crash/broker.rs"]
 mod broker;
 #[path = "crash/client.rs"]

@@ -2,6 +2,8 @@
 //! No panic, no hang, no growth. `FUZZ_SEED` repeats a run; a failing input is printed with its target, for
 //! `FUZZ_INPUT=<target>:<hex>` to repeat it alone.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 #[path = "../fuzz/src/lib.rs"]
 mod harness;
 

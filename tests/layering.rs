@@ -3,6 +3,8 @@
 //! A line that is missing here is a decision to take, not a formality: the table is what lets the protocol be
 //! tested without sockets, the broker without frames, and the store without either.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -3,6 +3,8 @@
 //!
 //! `TASKS` sets how many (40,000), `TASKS_SEED` repeats the moments of the accidents.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 #[path = "crash/broker.rs"]
 mod broker;
 #[path = "crash/client.rs"]

@@ -183,6 +183,10 @@ const NAMES: [&str; 18] = [
     "with\r\nline",
 ];
 
+const TAME_QUEUES: [&str; 3] = ["q1", "q2", "q3"];
+const TAME_EXCHANGES: [(&str, &str); 4] =
+    [("x.direct", "direct"), ("x.topic", "topic"), ("x.fanout", "fanout"), ("x.headers", "headers")];
+
 fn push_frame(out: &mut Vec<u8>, kind: u8, channel: u16, payload: &[u8]) {
     out.push(kind);
     out.extend_from_slice(&channel.to_be_bytes());
@@ -250,14 +254,122 @@ fn table(choices: &mut Choices<'_>, depth: usize) -> FieldTable {
     table
 }
 
+/// What a reasonable client does: things it has declared, in the way it has declared them.
+fn tame_class(choices: &mut Choices<'_>) -> AMQPClass {
+    use basic::AMQPMethod as B;
+    use queue::AMQPMethod as Q;
+    let (queue, routing_key) = (choices.pick(&TAME_QUEUES), choices.pick(&["", "a.b.c", "q1", "*.b.#"]).into());
+    let (exchange, kind) = choices.pick(&TAME_EXCHANGES);
+    let mut arguments = FieldTable::default();
+    match choices.below(40) {
+        0..3 => AMQPClass::Queue(Q::Declare(queue::Declare {
+            queue: queue.into(),
+            durable: queue != "q3",
+            nowait: choices.one_in(4),
+            ..queue::Declare::default()
+        })),
+        3 => AMQPClass::Queue(Q::Declare(queue::Declare {
+            exclusive: choices.flag(),
+            auto_delete: choices.flag(),
+            ..queue::Declare::default()
+        })),
+        4..7 => AMQPClass::Exchange(exchange::AMQPMethod::Declare(exchange::Declare {
+            exchange: exchange.into(),
+            kind: kind.into(),
+            durable: true,
+            ..exchange::Declare::default()
+        })),
+        7..11 => {
+            if kind == "headers" {
+                arguments = table(choices, 1);
+                arguments.insert(
+                    "x-match".into(),
+                    AMQPValue::LongString(choices.pick(&["any", "all", "any-with-x"]).into()),
+                );
+            }
+            AMQPClass::Queue(Q::Bind(queue::Bind {
+                queue: queue.into(),
+                exchange: exchange.into(),
+                routing_key,
+                nowait: choices.flag(),
+                arguments,
+            }))
+        }
+        11 => AMQPClass::Queue(Q::Unbind(queue::Unbind {
+            queue: queue.into(),
+            exchange: exchange.into(),
+            routing_key,
+            arguments,
+        })),
+        12 => AMQPClass::Queue(Q::Purge(queue::Purge { queue: queue.into(), nowait: choices.flag() })),
+        13 if choices.one_in(3) => {
+            AMQPClass::Queue(Q::Delete(queue::Delete { queue: queue.into(), ..queue::Delete::default() }))
+        }
+        14 if choices.one_in(3) => AMQPClass::Exchange(exchange::AMQPMethod::Delete(exchange::Delete {
+            exchange: exchange.into(),
+            ..exchange::Delete::default()
+        })),
+        15 => {
+            let destination = choices.pick(&TAME_EXCHANGES).0.into();
+            AMQPClass::Exchange(exchange::AMQPMethod::Bind(exchange::Bind {
+                destination,
+                source: exchange.into(),
+                routing_key,
+                nowait: false,
+                arguments,
+            }))
+        }
+        16..22 => {
+            if choices.one_in(4) {
+                arguments.insert("x-priority".into(), AMQPValue::LongInt(i32::from(choices.byte() as i8)));
+            }
+            let (no_ack, nowait) = (choices.one_in(3), choices.one_in(4));
+            AMQPClass::Basic(B::Consume(basic::Consume {
+                queue: queue.into(),
+                no_ack,
+                nowait,
+                arguments,
+                ..basic::Consume::default()
+            }))
+        }
+        22..25 => AMQPClass::Basic(B::Qos(basic::Qos {
+            prefetch_count: u16::from(choices.byte() % 12),
+            global: choices.flag(),
+        })),
+        25..33 => AMQPClass::Basic(B::Get(basic::Get { queue: queue.into(), no_ack: choices.flag() })),
+        33 | 34 => AMQPClass::Basic(B::Recover(basic::Recover { requeue: true })),
+        35 => AMQPClass::Basic(B::Cancel(basic::Cancel { consumer_tag: "replies".into(), nowait: choices.flag() })),
+        36 => AMQPClass::Basic(B::Consume(basic::Consume {
+            queue: "amq.rabbitmq.reply-to".into(),
+            consumer_tag: "replies".into(),
+            no_ack: true,
+            ..basic::Consume::default()
+        })),
+        37 => AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: choices.flag() })),
+        38 => AMQPClass::Tx(match choices.below(3) {
+            0 => tx::AMQPMethod::Select(tx::Select {}),
+            1 => tx::AMQPMethod::Commit(tx::Commit {}),
+            _ => tx::AMQPMethod::Rollback(tx::Rollback {}),
+        }),
+        _ => AMQPClass::Queue(Q::Declare(queue::Declare {
+            queue: queue.into(),
+            passive: true,
+            ..queue::Declare::default()
+        })),
+    }
+}
+
 /// A method of any class, mostly one that makes sense.
 fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
+    if tame {
+        return tame_class(choices);
+    }
     use basic::AMQPMethod as B;
     use queue::AMQPMethod as Q;
     let name = |choices: &mut Choices<'_>| choices.pick(&NAMES).into();
     match choices.below(34) {
-        0..3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
-        3 if !tame => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close {
+        0..3 => AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
+        3 => AMQPClass::Channel(channel::AMQPMethod::Close(channel::Close {
             reply_code: 200,
             reply_text: "bye".into(),
             class_id: 0,
@@ -349,7 +461,7 @@ fn class(choices: &mut Choices<'_>, tame: bool) -> AMQPClass {
             2 => tx::AMQPMethod::Commit(tx::Commit {}),
             _ => tx::AMQPMethod::Rollback(tx::Rollback {}),
         }),
-        32 if !tame => AMQPClass::Connection(match choices.below(3) {
+        32 => AMQPClass::Connection(match choices.below(3) {
             0 => connection::AMQPMethod::UpdateSecret(connection::UpdateSecret {
                 new_secret: "s".into(),
                 reason: "r".into(),
@@ -378,6 +490,22 @@ fn settlement(choices: &mut Choices<'_>) -> AMQPClass {
         1 => B::Nack(basic::Nack { delivery_tag, multiple: choices.flag(), requeue: choices.flag() }),
         _ => B::Reject(basic::Reject { delivery_tag, requeue: choices.flag() }),
     })
+}
+
+/// Settles deliveries that may well be open.
+fn push_known_settlement(out: &mut Vec<u8>, choices: &mut Choices<'_>, tags: &mut Vec<(u16, u64)>) {
+    use basic::AMQPMethod as B;
+    let (channel, delivery_tag) = tags.swap_remove(choices.below(tags.len().min(60_000)));
+    let multiple = choices.one_in(4);
+    if multiple {
+        tags.retain(|&(of, tag)| of != channel || tag > delivery_tag);
+    }
+    let method = match choices.below(4) {
+        0 | 1 => B::Ack(basic::Ack { delivery_tag, multiple }),
+        2 => B::Nack(basic::Nack { delivery_tag, multiple, requeue: choices.flag() }),
+        _ => B::Reject(basic::Reject { delivery_tag, requeue: choices.flag() }),
+    };
+    push_method(out, channel, &AMQPClass::Basic(method));
 }
 
 fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
@@ -419,8 +547,17 @@ fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
 
 /// A publish, its content whole, wrong, in pieces or with something between.
 fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>, tame: bool) {
-    let exchange = choices.pick(&NAMES).into();
-    let routing_key = choices.pick(&NAMES).into();
+    let exchange = if tame && choices.flag() {
+        choices.pick(&TAME_EXCHANGES).0
+    } else if tame {
+        ""
+    } else {
+        choices.pick(&NAMES)
+    };
+    let (exchange, routing_key) = (
+        exchange.into(),
+        if tame && choices.flag() { choices.pick(&TAME_QUEUES) } else { choices.pick(&NAMES) }.into(),
+    );
     let publish =
         basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: !tame && choices.one_in(40) };
     push_method(out, channel, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
@@ -465,6 +602,7 @@ fn push_something(out: &mut Vec<u8>, choices: &mut Choices<'_>, tame: bool) {
     match choices.below(16) {
         0..6 => push_method(out, channel, &class(choices, tame)),
         6..11 => push_publish(out, channel, choices, tame),
+        11..13 if tame => {}
         11..13 => (0..1 + choices.below(4)).for_each(|_| push_method(out, channel, &settlement(choices))),
         13 if tame => push_frame(out, 8, 0, &[]),
         13 => push_frame(out, 8, channel & 1, &[]),
@@ -573,11 +711,21 @@ struct Wire<'a> {
     strict: bool,
     /// Channels the broker has closed.
     closed: Vec<u16>,
+    /// Deliveries that were read.
+    tags: Vec<(u16, u64)>,
 }
 
 impl<'a> Wire<'a> {
     fn new(lab: &'a Lab) -> Wire<'a> {
-        Wire { session: lab.session(), carry: Vec::new(), unread: Vec::new(), lab, strict: true, closed: Vec::new() }
+        Wire {
+            session: lab.session(),
+            carry: Vec::new(),
+            unread: Vec::new(),
+            lab,
+            strict: true,
+            closed: Vec::new(),
+            tags: Vec::new(),
+        }
     }
 
     /// Hands bytes over as `net` does; false when the connection has ended.
@@ -629,8 +777,16 @@ impl<'a> Wire<'a> {
                     let (rest, class) = parse_class(payload).expect("the broker writes methods that others can read");
                     assert!(rest.is_empty());
                     *said.entry((class.get_amqp_class_id(), class.get_amqp_method_id())).or_default() += 1;
-                    if matches!(class, AMQPClass::Channel(channel::AMQPMethod::Close(_))) {
-                        self.closed.push(channel);
+                    match class {
+                        AMQPClass::Channel(channel::AMQPMethod::Close(_)) => {
+                            self.closed.push(channel);
+                            self.tags.retain(|(of, _)| *of != channel);
+                        }
+                        AMQPClass::Basic(basic::AMQPMethod::Deliver(deliver)) => {
+                            self.tags.push((channel, deliver.delivery_tag))
+                        }
+                        AMQPClass::Basic(basic::AMQPMethod::GetOk(got)) => self.tags.push((channel, got.delivery_tag)),
+                        _ => {}
                     }
                 }
                 2 if strict => {
@@ -663,7 +819,7 @@ pub fn frames(lab: &Lab, data: &[u8]) {
     let mut out = Vec::new();
     for wire in &mut wires {
         out.clear();
-        match choices.one_in(8) {
+        match choices.one_in(12) {
             true => (0..choices.below(6)).for_each(|_| push_odd_handshake(&mut out, &mut choices)),
             false => push_handshake(&mut out, &mut choices),
         }
@@ -672,6 +828,16 @@ pub fn frames(lab: &Lab, data: &[u8]) {
         }
     }
     let (tame, mut steps) = (choices.flag(), 0);
+    if tame {
+        out.clear();
+        for queue in TAME_QUEUES {
+            let declare = queue::Declare { queue: queue.into(), durable: queue != "q3", ..queue::Declare::default() };
+            push_method(&mut out, 1, &AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
+        }
+        if !wires[0].receive(&out) {
+            return;
+        }
+    }
     while !choices.is_empty() && !wires.is_empty() && steps < 200 {
         steps += 1;
         let at = choices.below(wires.len());
@@ -682,7 +848,12 @@ pub fn frames(lab: &Lab, data: &[u8]) {
                 push_method(&mut out, channel, &AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})));
             }
         }
-        (0..1 + choices.below(6)).for_each(|_| push_something(&mut out, &mut choices, tame));
+        for _ in 0..1 + choices.below(6) {
+            push_something(&mut out, &mut choices, tame);
+            if tame && choices.flag() && !wires[at].tags.is_empty() {
+                push_known_settlement(&mut out, &mut choices, &mut wires[at].tags);
+            }
+        }
         let mut alive = true;
         let mut rest = out.as_slice();
         while alive && !rest.is_empty() {

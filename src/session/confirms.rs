@@ -117,7 +117,7 @@ mod tests {
             for (step, count) in steps {
                 let mut out = Vec::new();
                 match step {
-                    0 | 1 | 2 => {
+                    0..=2 => {
                         let round = if step == 2 { 0 } else { open };
                         (1..=count).for_each(|step| { outstanding.insert(published + step, round); });
                         published += count;

@@ -141,18 +141,18 @@ mod tests {
             let mut out = Vec::new();
             basic_deliver(&mut out, channel, &short(&tag), delivery_tag, redelivered, &names);
             let expected = basic::Deliver { consumer_tag: tag.as_str().into(), delivery_tag, redelivered, exchange: exchange.as_str().into(), routing_key: key.as_str().into() };
-            prop_assert_eq!(one(&out), AMQPFrame::Method(channel.into(), AMQPClass::Basic(basic::AMQPMethod::Deliver(expected))));
+            prop_assert_eq!(one(&out), AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::Deliver(expected))));
             out.clear();
             basic_get_ok(&mut out, channel, delivery_tag, redelivered, &names, 7);
             let expected = basic::GetOk { delivery_tag, redelivered, exchange: exchange.as_str().into(), routing_key: key.as_str().into(), message_count: 7 };
-            prop_assert_eq!(one(&out), AMQPFrame::Method(channel.into(), AMQPClass::Basic(basic::AMQPMethod::GetOk(expected))));
+            prop_assert_eq!(one(&out), AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::GetOk(expected))));
             out.clear();
             basic_ack(&mut out, channel, delivery_tag, multiple);
-            prop_assert_eq!(one(&out), AMQPFrame::Method(channel.into(), AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag, multiple }))));
+            prop_assert_eq!(one(&out), AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::Ack(basic::Ack { delivery_tag, multiple }))));
             out.clear();
             basic_return_no_route(&mut out, channel, &names);
             let expected = basic::Return { reply_code: 312, reply_text: "NO_ROUTE".into(), exchange: exchange.as_str().into(), routing_key: key.as_str().into() };
-            prop_assert_eq!(one(&out), AMQPFrame::Method(channel.into(), AMQPClass::Basic(basic::AMQPMethod::Return(expected))));
+            prop_assert_eq!(one(&out), AMQPFrame::Method(channel, AMQPClass::Basic(basic::AMQPMethod::Return(expected))));
         }
 
         #[test]

@@ -64,6 +64,7 @@ impl Delivery {
 
 /// What the broker said.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one at a time, and soon taken apart")]
 pub enum Incoming {
     Method(u16, AMQPClass),
     Delivery(Delivery),
@@ -504,7 +505,7 @@ impl Rng {
 
     /// True once in `n`.
     pub fn one_in(&mut self, n: u64) -> bool {
-        self.next() % n == 0
+        self.next().is_multiple_of(n)
     }
 
     /// Another generator, for another thread.

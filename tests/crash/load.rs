@@ -205,10 +205,10 @@ fn consume_auto(address: SocketAddr, queue: &'static str, facts: &mut Facts) -> 
     let mut client = Client::connect(address)?;
     client.consume(queue, true, 0)?;
     loop {
-        if let Some(Incoming::Delivery(delivery)) = client.receive(Duration::from_millis(100))? {
-            if let Some(id) = note_received(facts, queue, &delivery) {
-                facts.queue(queue).acked.insert(id);
-            }
+        if let Some(Incoming::Delivery(delivery)) = client.receive(Duration::from_millis(100))?
+            && let Some(id) = note_received(facts, queue, &delivery)
+        {
+            facts.queue(queue).acked.insert(id);
         }
     }
 }

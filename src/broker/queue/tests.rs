@@ -359,7 +359,7 @@ impl Subject {
                 let id = self.next_id + at as u64;
                 let persistent = match persistent {
                     0 => false,
-                    1 => id % 3 != 0,
+                    1 => !id.is_multiple_of(3),
                     _ => true,
                 };
                 Msg { id, bytes: bytes + id as usize % 7, persistent, handed_out: false }

@@ -42,7 +42,10 @@ fn an_unknown_format_is_refused_and_left_alone() {
     let put_format = |store: &Store, value: &[u8]| {
         store
             .rocks
-            .with(|db| Ok(db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, value).unwrap()))
+            .with(|db| {
+                let _: () = db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, value).unwrap();
+                Ok(())
+            })
             .unwrap();
     };
     let (store, _) = open(directory.path());
@@ -166,7 +169,10 @@ fn a_damaged_state_is_rebuilt_from_the_log() {
     commit(&store, store.open_round());
     store
         .rocks
-        .with(|db| Ok(db.put_cf(db.cf_handle(key::STATE).unwrap(), key::queue(queue.id), b"\x01junk").unwrap()))
+        .with(|db| {
+            let _: () = db.put_cf(db.cf_handle(key::STATE).unwrap(), key::queue(queue.id), b"\x01junk").unwrap();
+            Ok(())
+        })
         .unwrap();
     store.shutdown().unwrap();
 

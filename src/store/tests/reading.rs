@@ -174,7 +174,13 @@ fn sweeping_gives_back_what_was_deleted_and_what_short_runs_share_with_long_ones
         commit(&store, long.append_all(&store, &vec![keep.clone()]));
         kept.push(keep);
     }
-    store.rocks.with(|db| Ok(db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap())).unwrap();
+    store
+        .rocks
+        .with(|db| {
+            let _: () = db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap();
+            Ok(())
+        })
+        .unwrap();
     assert!(used() > 85 << 20, "{}", used());
     commit(&store, short.change(&store, [Change::DeleteSegments(0, 1)]));
     let deleted = BTreeMap::from([(short.id, (0, segment(1)))]);
@@ -285,7 +291,13 @@ fn a_damaged_blob_file_costs_the_run_in_the_damaged_place() {
     for part in records.chunks(100) {
         commit(&store, queue.append_all(&store, &part.to_vec()));
     }
-    store.rocks.with(|db| Ok(db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap())).unwrap();
+    store
+        .rocks
+        .with(|db| {
+            let _: () = db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap();
+            Ok(())
+        })
+        .unwrap();
     store.shutdown().unwrap();
     assert_eq!(damage_files(directory.path(), "blob"), 1);
 
@@ -311,7 +323,13 @@ fn a_damaged_table_block_costs_the_records_in_it() {
     for (seq, record) in &records {
         commit(&store, queue.append(&store, *seq, record));
     }
-    store.rocks.with(|db| Ok(db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap())).unwrap();
+    store
+        .rocks
+        .with(|db| {
+            let _: () = db.flush_cf(db.cf_handle(key::LOG).unwrap()).unwrap();
+            Ok(())
+        })
+        .unwrap();
     store.shutdown().unwrap();
     assert_eq!(damage_files(directory.path(), "sst"), 1);
 
