@@ -3,7 +3,11 @@
 //!
 //! `TASKS` sets how many (40,000), `TASKS_SEED` repeats the moments of the accidents.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::too_many_lines,
+    reason = "a test that cannot go on should say where, and tells its story in one piece"
+)]
 
 #[path = "crash/broker.rs"]
 mod broker;

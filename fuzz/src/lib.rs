@@ -346,9 +346,9 @@ fn tame_class(choices: &mut Choices<'_>) -> AMQPClass {
             ..basic::Consume::default()
         })),
         37 => AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: choices.flag() })),
-        38 => AMQPClass::Tx(match choices.below(3) {
+        38 => AMQPClass::Tx(match choices.below(6) {
             0 => tx::AMQPMethod::Select(tx::Select {}),
-            1 => tx::AMQPMethod::Commit(tx::Commit {}),
+            1..5 => tx::AMQPMethod::Commit(tx::Commit {}),
             _ => tx::AMQPMethod::Rollback(tx::Rollback {}),
         }),
         _ => AMQPClass::Queue(Q::Declare(queue::Declare {
@@ -519,18 +519,26 @@ fn properties_of(choices: &mut Choices<'_>, tame: bool) -> Vec<u8> {
         3 if !tame => choices.bytes(40).to_vec(),
         _ => {
             let mut properties = BasicProperties::default().with_delivery_mode(choices.byte() % 4);
-            if choices.flag() {
+            if if tame { choices.one_in(8) } else { choices.flag() } {
                 properties = properties.with_headers(table(choices, 3));
             }
             if choices.one_in(4) {
-                properties = properties
-                    .with_expiration(choices.pick(&["1000", "0", "-1", "", "99999999999999999999", "7ms"]).into());
+                properties = properties.with_expiration(
+                    choices
+                        .pick(
+                            &["1000", "0", "007", "-1", "", "99999999999999999999", "7ms"][..if tame { 3 } else { 7 }],
+                        )
+                        .into(),
+                );
             }
             if choices.one_in(4) {
-                properties = properties.with_reply_to(choices.pick(&["amq.rabbitmq.reply-to", "q1", ""]).into());
+                properties = properties.with_reply_to(
+                    choices.pick(&["q1", "", "amq.rabbitmq.reply-to"][..if tame { 2 } else { 3 }]).into(),
+                );
             }
             if choices.one_in(4) {
-                properties = properties.with_user_id(choices.pick(&["guest", "root", ""]).into());
+                properties =
+                    properties.with_user_id(choices.pick(&["guest", "root", ""][..if tame { 1 } else { 3 }]).into());
             }
             if choices.one_in(4) {
                 properties = properties
@@ -554,10 +562,8 @@ fn push_publish(out: &mut Vec<u8>, channel: u16, choices: &mut Choices<'_>, tame
     } else {
         choices.pick(&NAMES)
     };
-    let (exchange, routing_key) = (
-        exchange.into(),
-        if tame && choices.flag() { choices.pick(&TAME_QUEUES) } else { choices.pick(&NAMES) }.into(),
-    );
+    let (exchange, routing_key) =
+        (exchange.into(), if tame { choices.pick(&["q1", "q2", "q3", "a.b.c"]) } else { choices.pick(&NAMES) }.into());
     let publish =
         basic::Publish { exchange, routing_key, mandatory: choices.one_in(6), immediate: !tame && choices.one_in(40) };
     push_method(out, channel, &AMQPClass::Basic(basic::AMQPMethod::Publish(publish)));
@@ -790,7 +796,7 @@ impl<'a> Wire<'a> {
                     }
                 }
                 2 if strict => {
-                    drop(Properties::parse(&payload[12..]).expect("the broker writes properties that can be read"))
+                    let _ = Properties::parse(&payload[12..]).expect("the broker writes properties that can be read");
                 }
                 _ => {}
             });
@@ -829,10 +835,36 @@ pub fn frames(lab: &Lab, data: &[u8]) {
     }
     let (tame, mut steps) = (choices.flag(), 0);
     if tame {
+        lab.tidy();
         out.clear();
+        match choices.below(4) {
+            0 => push_method(&mut out, 1, &AMQPClass::Tx(tx::AMQPMethod::Select(tx::Select {}))),
+            1 => push_method(
+                &mut out,
+                1,
+                &AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: true })),
+            ),
+            _ => {}
+        }
         for queue in TAME_QUEUES {
             let declare = queue::Declare { queue: queue.into(), durable: queue != "q3", ..queue::Declare::default() };
             push_method(&mut out, 1, &AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
+        }
+        for (exchange, kind) in TAME_EXCHANGES {
+            let declare = exchange::Declare {
+                exchange: exchange.into(),
+                kind: kind.into(),
+                durable: true,
+                ..exchange::Declare::default()
+            };
+            push_method(&mut out, 1, &AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)));
+            let bind = queue::Bind {
+                queue: "q1".into(),
+                exchange: exchange.into(),
+                routing_key: "a.b.c".into(),
+                ..queue::Bind::default()
+            };
+            push_method(&mut out, 1, &AMQPClass::Queue(queue::AMQPMethod::Bind(bind)));
         }
         if !wires[0].receive(&out) {
             return;
@@ -1163,6 +1195,7 @@ pub fn records(lab: &Lab, data: &[u8]) {
         lab,
         strict: false,
         closed: Vec::new(),
+        tags: Vec::new(),
     };
     let mut out = Vec::new();
     push_handshake(&mut out, &mut choices);

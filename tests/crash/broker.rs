@@ -23,7 +23,9 @@ pub struct Broker {
 }
 
 fn spawn(data_dir: &Path, arguments: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_leveret"))
+    // Another build can be put to the test.
+    let program = std::env::var_os("LEVERET_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_leveret").into());
+    Command::new(program)
         .args(["--bind", "127.0.0.1", "--port", "0", "--log-format", "json", "--data-dir"])
         .arg(data_dir)
         .args(arguments)

@@ -362,6 +362,11 @@ pub fn move_in_transactions(address: SocketAddr, mut rng: Rng) -> Facts {
                 continue;
             }
             let roll_back = rng.one_in(5);
+            // What was rolled back before and is moved again now is no longer that transaction's to answer for.
+            for earlier in facts.transactions.iter_mut().filter(|earlier| earlier.outcome == Outcome::Open) {
+                earlier.published.retain(|step| !transaction.published.contains(step));
+                earlier.acked.retain(|step| !transaction.acked.contains(step));
+            }
             facts.transactions.push(transaction);
             client.flush()?;
             finish(&mut client, roll_back, facts)?;
