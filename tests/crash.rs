@@ -180,11 +180,13 @@ impl World {
         facts.settle_transactions();
         self.errors.append(&mut facts.errors);
         let mut found: HashMap<&'static str, HashSet<Id>> = HashMap::new();
+        let mut durable: HashMap<&'static str, HashSet<Id>> = HashMap::new();
         let mut total = 0;
         for queue in QUEUES {
             let drained = self.drain(address, queue)?;
             let known = facts.queues.remove(queue).unwrap_or_default();
             self.confirmed += known.confirmed.len();
+            durable.insert(queue, self.base[queue].iter().chain(&known.confirmed).copied().collect());
             facts::check_queue(queue, &self.base[queue], &known, &drained, &mut self.errors);
             check_received(queue, &self.base[queue], &known, &mut self.errors);
             found.insert(queue, drained.iter().copied().collect());
@@ -193,7 +195,7 @@ impl World {
             self.base.insert(queue, kept);
         }
         for transaction in &facts.transactions {
-            facts::check_transaction(transaction, &found, &mut self.errors);
+            facts::check_transaction(transaction, &found, &durable, &mut self.errors);
         }
         self.definitions = facts.definitions;
         self.check_definitions(address)?;

@@ -636,6 +636,47 @@ fn a_long_backlog_is_mostly_on_disk_and_comes_back_in_order() {
 }
 
 #[test]
+fn acks_in_any_order_over_many_segments_survive_restarts_and_free_the_disk() {
+    const SEGMENT: usize = crate::store::SEGMENT_RECORDS as usize;
+    let ack = |subject: &mut Subject, from, count| subject.run(Step::Settle { which: 0, from, count, requeue: false });
+    let consume = |subject: &mut Subject| subject.run(Step::Consume { prefetch: 0, no_ack: false, priority: 0 });
+    let stored = |subject: &Subject| {
+        let mut count = 0;
+        subject
+            .store
+            .read_records(subject.queue.id, 0, u64::MAX, usize::MAX, &mut |_, _| count += 1)
+            .expect("readable");
+        count
+    };
+    let mut subject = Subject::new(300 << 10, Duration::ZERO, true);
+    for _ in 0..20 {
+        subject.run(Step::Publish { count: 1_000, bytes: 20, persistent: 2 });
+    }
+    consume(&mut subject);
+    // The second segment as a whole, holes in the first, the end, and a stretch over a border.
+    ack(&mut subject, SEGMENT, SEGMENT);
+    (0..200).for_each(|at| ack(&mut subject, 3 * at, 1 + at % 3));
+    let end = subject.consumers[0].held.len();
+    ack(&mut subject, end - 500, 500);
+    ack(&mut subject, SEGMENT + 3_000, 2_000);
+    subject.run(Step::Restart);
+    assert!(stored(&subject) <= 20_000 - SEGMENT, "a segment without a message left keeps its records");
+    consume(&mut subject);
+    // All but the very first one: it must not hold the disk space of the others.
+    ack(&mut subject, 1, 10_000);
+    subject.run(Step::Restart);
+    consume(&mut subject);
+    ack(&mut subject, 1, 20_000);
+    subject.run(Step::Crash { then: vec![Step::Settle { which: 0, from: 0, count: 1, requeue: false }] });
+    assert_eq!(subject.ready.len(), 1);
+    assert!(stored(&subject) <= 2 * SEGMENT, "one message holds {} records on disk", stored(&subject));
+    subject.drain();
+    subject.run(Step::Restart);
+    assert!(stored(&subject) < SEGMENT);
+    assert_eq!(subject.queue.counts(), Counts::default());
+}
+
+#[test]
 fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
     let mut subject = Subject::new(1 << 30, Duration::ZERO, true);
     subject.run(Step::Publish { count: 30, bytes: 1_000, persistent: 2 });
