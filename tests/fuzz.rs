@@ -2,7 +2,12 @@
 //! No panic, no hang, no growth. `FUZZ_SEED` repeats a run; a failing input is printed with its target, for
 //! `FUZZ_INPUT=<target>:<hex>` to repeat it alone.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::too_many_lines,
+    clippy::type_complexity,
+    reason = "a test that cannot go on should say where, and tells its story in one piece"
+)]
 
 #[path = "../fuzz/src/lib.rs"]
 mod harness;
