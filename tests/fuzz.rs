@@ -143,7 +143,9 @@ fn no_input_makes_the_broker_panic_hang_or_grow() {
         let input = rng.input(max);
         current.set(target, &input);
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&lab, target, &input)));
-        assert!(outcome.is_ok(), "{}", current.describe());
+        let tried_now = current.describe();
+        *current.0.lock().unwrap() = None;
+        assert!(outcome.is_ok(), "{tried_now}");
         *tried.entry(target).or_default() += 1;
         if Instant::now() > next_look {
             next_look = Instant::now() + Duration::from_millis(100);
@@ -215,7 +217,11 @@ fn scribble(path: &Path, rng: &mut Rng) -> usize {
                 continue;
             }
             changed += 1;
-            match rng.below(6) {
+            let how = rng.below(6);
+            if std::env::var_os("FUZZ_VERBOSE").is_some() {
+                println!("{name} {} change {how}: was {}", hex(&key), hex(&value[..value.len().min(60)]));
+            }
+            match how {
                 0 => db.delete_cf(family, &key).expect("written"),
                 1 => {
                     value.truncate(rng.below(value.len() as u64 + 1) as usize);
@@ -300,7 +306,9 @@ fn a_damaged_data_directory_boots_and_serves_what_is_left() {
             std::fs::remove_dir_all(&path).expect("removed");
             (changes, stats.damaged_records, seen)
         }));
-        let Ok((changes, damage, seen)) = outcome else { panic!("FUZZ_SEED={seed}, round {rounds}") };
+        let state = current.describe();
+        *current.0.lock().unwrap() = None;
+        let Ok((changes, damage, seen)) = outcome else { panic!("round {rounds} began with {state}") };
         (rounds, changed, damaged, served) = (rounds + 1, changed + changes, damaged + damage, served + seen);
     }
     *current.0.lock().unwrap() = None;

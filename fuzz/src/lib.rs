@@ -1180,7 +1180,8 @@ pub fn records(lab: &Lab, data: &[u8]) {
         }
         definitions.push((key, value));
     }
-    let recovered = Recovered { definitions, states: vec![(id, state)], next_queue_id: id.0 + 1 };
+    let states = vec![(id, state)];
+    let recovered = Recovered { definitions, states, next_queue_id: id.0 + 1, ..Recovered::default() };
     let broker = Broker::new(
         lab.store.clone(),
         recovered,

@@ -17,7 +17,7 @@ use crate::{model::Name, store::QueueId};
 
 const VERSION: u8 = 1;
 
-/// A definition read back.
+/// A definition read back. What was stored is durable: a bit that says otherwise is damage.
 #[derive(Debug)]
 pub enum Definition {
     Vhost(Name),
@@ -160,8 +160,7 @@ pub fn decode(key: &[u8], value: &[u8]) -> Result<Definition, Undecodable> {
             let name = key.name()?;
             let bits = value.octet()?;
             let kind = ExchangeKind::parse(&value.name()?).map_err(|_| Undecodable)?;
-            let options =
-                ExchangeOptions { durable: bits & 1 != 0, auto_delete: bits & 2 != 0, internal: bits & 4 != 0 };
+            let options = ExchangeOptions { durable: true, auto_delete: bits & 2 != 0, internal: bits & 4 != 0 };
             Ok(Definition::Exchange { vhost, exchange: Exchange::new(name, kind, options, value.table()?) })
         }
         b'q' => {
@@ -169,14 +168,8 @@ pub fn decode(key: &[u8], value: &[u8]) -> Result<Definition, Undecodable> {
             let bits = value.octet()?;
             let id = value.bytes()?.try_into().map(u64::from_be_bytes).map_err(|_| Undecodable)?;
             let arguments = value.table()?;
-            let options = QueueOptions {
-                name,
-                vhost,
-                durable: bits & 1 != 0,
-                auto_delete: bits & 2 != 0,
-                exclusive_to: None,
-                arguments,
-            };
+            let options =
+                QueueOptions { name, vhost, durable: true, auto_delete: bits & 2 != 0, exclusive_to: None, arguments };
             Ok(Definition::Queue { id: QueueId(id), options })
         }
         b'b' => {

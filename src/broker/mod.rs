@@ -84,6 +84,7 @@ impl Broker {
         let mut states: AHashMap<QueueId, _> = recovered.states.into_iter().collect();
         let mut bindings = Vec::new();
         let mut queues = Vec::new();
+        let mut unreadable = recovered.damaged_definitions;
         for (key, value) in &recovered.definitions {
             match definitions::decode(key, value) {
                 Ok(Definition::Vhost(name)) => {
@@ -92,7 +93,10 @@ impl Broker {
                 Ok(Definition::Exchange { vhost, exchange }) => self.vhost_or_new(&vhost).restore_exchange(exchange),
                 Ok(Definition::Queue { id, options }) => queues.push((id, options)),
                 Ok(Definition::Binding { vhost, binding }) => bindings.push((vhost, binding)),
-                Err(error) => tracing::error!(key = %key.escape_ascii(), %error, "definition skipped"),
+                Err(error) => {
+                    unreadable += 1;
+                    tracing::error!(key = %key.escape_ascii(), %error, "definition skipped");
+                }
             }
         }
         for (id, options) in queues {
@@ -103,6 +107,11 @@ impl Broker {
             if !self.vhost_or_new(&vhost).restore_binding(binding.clone()) {
                 tracing::warn!(vhost = %vhost, source = %binding.source, destination = %binding.destination.name(), "binding skipped: an end of it is gone");
             }
+        }
+        if unreadable > 0 && !states.is_empty() {
+            let queue_ids: Vec<u64> = states.keys().map(|id| id.0).collect();
+            tracing::error!(?queue_ids, "messages of unknown queues are kept on disk: a definition is damaged");
+            return;
         }
         // Messages of a queue whose definition did not make it to disk belong to nobody.
         for id in states.into_keys() {

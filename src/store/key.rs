@@ -3,7 +3,7 @@
 //! | family     | key                                   | value                                            |
 //! |------------|---------------------------------------|--------------------------------------------------|
 //! | `meta`     | 0x00 and a name                       | the store's own records: format, reserved ids    |
-//! | `meta`     | 0x01 and the definition's key         | the definition, as the broker encoded it         |
+//! | `meta`     | 0x01 and the definition's key         | the definition, see [`recovery`](super::recovery) |
 //! | `log`      | queue id, position of the first record| a run of records, see [`run`](super::run)        |
 //! | `state`    | queue id                              | see [`recovery`](super::recovery)                |
 //! | `consumed` | queue id, segment                     | the segment's consumed ranges, see [`recovery`](super::recovery) |

@@ -141,6 +141,8 @@ impl Default for StoreOptions {
 pub struct Recovered {
     /// In the order of their keys.
     pub definitions: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Definitions beside them that cannot be read.
+    pub damaged_definitions: u64,
     /// In the order of the ids.
     pub states: Vec<(QueueId, QueueStateRecord)>,
     /// The first id that [`Store::allocate_queue_id`] will answer.
@@ -237,6 +239,7 @@ impl Store {
     /// Writes a definition with the open round. Within a round, definitions and deletions take effect in the order of
     /// the calls, and after what the sources contribute.
     pub fn put_definition(&self, key: Vec<u8>, value: Vec<u8>) -> Round {
+        let value = recovery::encode_definition(&key, &value);
         self.committer.operate(Operation::PutMeta { key: key::definition(&key), value })
     }
 

@@ -74,7 +74,12 @@ impl Pages {
 
     /// The database, if it may hold something of the queue.
     pub fn of(&self, queue: QueueId) -> Option<OpenPages<'_>> {
-        self.queues.read().contains(&queue).then(|| OpenPages { db: self.db.read() })
+        self.queues.read().contains(&queue).then(|| self.open())
+    }
+
+    /// The database, which has no family as long as nothing was ever paged out.
+    pub fn open(&self) -> OpenPages<'_> {
+        OpenPages { db: self.db.read() }
     }
 
     pub fn cancel_background_work(&self) {

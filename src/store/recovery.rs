@@ -5,6 +5,7 @@
 //!
 //! # Encodings
 //! - state: version, CRC-32C over queue id and the rest, then head, `delivered - head`, `tail - head`, count, bytes (varints).
+//! - definition: version, CRC-32C over the definition's key and the rest, then the definition as the broker encoded it.
 //! - consumed: version, CRC-32C over queue id, segment and the rest, then for each range the distance from the end
 //!   of the one before (the first from the segment's start) and the length (varints).
 
@@ -23,6 +24,7 @@ pub(super) const ID_BLOCK: u64 = 4096;
 
 const STATE_VERSION: u8 = 1;
 const CONSUMED_VERSION: u8 = 1;
+const DEFINITION_VERSION: u8 = 1;
 
 /// Reads everything that the broker must know at start, and reserves the first block of queue ids.
 ///
@@ -33,12 +35,12 @@ pub(super) fn recover(rocks: &Rocks) -> Result<Recovered, StoreError> {
     if let Some(found) = found.filter(|found| *found != FORMAT) {
         return Err(StoreError::UnknownFormat { path: rocks.path().to_owned(), found, known: FORMAT });
     }
-    let definitions = read_definitions(rocks)?;
+    let (definitions, damaged_definitions) = read_definitions(rocks)?;
     let states = read_states(rocks)?;
     let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
     let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
     reserve(rocks, found.is_none(), next_queue_id + ID_BLOCK)?;
-    Ok(Recovered { definitions, states, next_queue_id })
+    Ok(Recovered { definitions, damaged_definitions, states, next_queue_id })
 }
 
 /// Not synced: what is synced later stands behind it in the WAL, so an id that matters is never without it.
@@ -68,18 +70,25 @@ fn read_number(rocks: &Rocks, name: &[u8]) -> Result<Option<u64>, StoreError> {
 /// Keys and values.
 type Definitions = Vec<(Vec<u8>, Vec<u8>)>;
 
-fn read_definitions(rocks: &Rocks) -> Result<Definitions, StoreError> {
+/// The definitions, and how many there are beside them that are damaged.
+fn read_definitions(rocks: &Rocks) -> Result<(Definitions, u64), StoreError> {
     rocks.with(|db| {
         let from = [key::DEFINITION_PREFIX];
         let mode = IteratorMode::From(&from, rocksdb::Direction::Forward);
-        let mut definitions = Vec::new();
+        let (mut definitions, mut damaged) = (Vec::new(), 0);
         for entry in db.iterator_cf(Families::of(db)?.meta, mode) {
             let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
-            if let Some((&key::DEFINITION_PREFIX, key)) = key.split_first() {
-                definitions.push((key.to_vec(), value.into_vec()));
+            let Some((&key::DEFINITION_PREFIX, key)) = key.split_first() else { continue };
+            match open(&value, DEFINITION_VERSION, key) {
+                Some(value) => definitions.push((key.to_vec(), value.to_vec())),
+                None => {
+                    damaged += 1;
+                    rocks.count_damage();
+                    tracing::error!(key = %key.escape_ascii(), "a definition is damaged and was skipped");
+                }
             }
         }
-        Ok(definitions)
+        Ok((definitions, damaged))
     })
 }
 
@@ -145,6 +154,13 @@ pub(super) fn is_damage(error: &rocksdb::Error) -> bool {
         ErrorKind::IOError => error.as_ref().contains("Input/output error"),
         _ => false,
     }
+}
+
+/// A definition as it is stored.
+pub(super) fn encode_definition(key: &[u8], value: &[u8]) -> Vec<u8> {
+    let mut sealed = begin(DEFINITION_VERSION);
+    sealed.extend_from_slice(value);
+    seal(sealed, key)
 }
 
 pub(super) fn encode_state(queue: QueueId, state: &QueueStateRecord) -> Vec<u8> {

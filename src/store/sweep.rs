@@ -96,11 +96,9 @@ impl Rocks {
 
     /// Gives back what only deleted records hold. Takes as long as it takes; ends early when the database closes.
     pub fn sweep(&self, deleted: &Deleted) {
-        let paged = deleted.keys().find_map(|queue| self.pages().of(*queue));
-        if let Some((db, family)) = paged.as_ref().and_then(|pages| pages.family()) {
+        if let Some((db, family)) = self.pages().open().family() {
             sweep_family(db, family, deleted);
         }
-        drop(paged);
         let swept = self.with(|db| {
             if let Some(family) = db.cf_handle(key::LOG) {
                 sweep_family(db, family, deleted);

@@ -14,6 +14,8 @@ use crate::{
     store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
 };
 
+/// Body bytes consumed within a segment that are worth a delete of their own.
+const DELETE_BYTES: u64 = 16 << 20;
 /// Positions read from the store in one go.
 const READ_RECORDS: u64 = 16 << 10;
 /// Bytes in memory for which the sweep asks a queue to page out.
@@ -137,6 +139,11 @@ impl Queue {
         if let Some((from, until)) = state.segments_to_delete() {
             round.delete_segments(self.id, from, until);
             state.deleted_segments = until;
+        }
+        if state.consumed_bytes >= DELETE_BYTES {
+            // Large messages: the head's segment may take gigabytes to fill, so what is consumed of it goes before.
+            round.delete_records(self.id, head_segment * SEGMENT_RECORDS, head);
+            state.consumed_bytes = 0;
         }
         state.consumption_unwritten = false;
     }

@@ -197,6 +197,10 @@ impl QueueLog {
         {
             self.head = end;
         }
+        // Absent positions leave a chunk behind when the last of them was consumed before the others.
+        while self.chunks.front().is_some_and(|chunk| chunk.first() < chunk.end() && chunk.end() <= self.head) {
+            self.chunks.pop_front();
+        }
     }
 
     /// Whether a record is ready (or believed to be, before it was looked at).
@@ -353,6 +357,9 @@ impl QueueLog {
             for seq in start..end {
                 chunk.forget(seq);
             }
+        }
+        if chunk.end() <= self.head {
+            return; // all of it was consumed while it was read
         }
         chunk.paged = true;
         self.chunks.insert(index, chunk);

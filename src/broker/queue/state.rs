@@ -72,6 +72,8 @@ pub(super) struct QueueState {
     pub delivered_written: u64,
     /// Segments whose consumed set has to be written.
     pub dirty_segments: RangeSet,
+    /// Body bytes of stored messages consumed since their records were last deleted.
+    pub consumed_bytes: u64,
     /// Segments before it are deleted in the store.
     pub deleted_segments: u64,
     /// The store has records of this queue.
@@ -105,6 +107,7 @@ impl QueueState {
             consumption_unwritten: false,
             delivered_written: 0,
             dirty_segments: RangeSet::default(),
+            consumed_bytes: 0,
             in_store: false,
             loading: false,
             unopened: None,
@@ -333,6 +336,7 @@ impl QueueState {
             self.durable_bytes = self.durable_bytes.saturating_sub(handed.durable_bytes);
             self.unwritten_durable = self.unwritten_durable.saturating_sub(handed.durable - handed.written);
             if handed.written > 0 {
+                self.consumed_bytes += handed.durable_bytes;
                 self.consumption_unwritten = true;
                 self.dirty_segments
                     .insert_range(handed.first_written / SEGMENT_RECORDS, handed.last_written / SEGMENT_RECORDS + 1);
@@ -368,6 +372,7 @@ impl QueueState {
                 self.durable_count = self.durable_count.saturating_sub(1);
                 self.durable_bytes = self.durable_bytes.saturating_sub(bytes);
                 if delivery.seq < self.written_to {
+                    self.consumed_bytes += bytes;
                     self.consumption_unwritten = true;
                     self.dirty_segments.insert(delivery.seq / SEGMENT_RECORDS);
                 } else {

@@ -76,8 +76,8 @@ impl Program {
     /// Sends SIGTERM; answers the exit code and how long it took.
     pub async fn terminate(mut self) -> (Option<i32>, Duration) {
         let begun = Instant::now();
-        let killed = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
-        assert!(killed.success());
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = super::eventually("the broker ends", async || self.child.try_wait().unwrap()).await;
         (status.code(), begun.elapsed())
     }
