@@ -136,7 +136,8 @@ impl QueueLog {
                 None => return Peek::Empty,
             };
             let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
-            if self.chunks[index].record(seq).is_some() {
+            // A record that is there and cannot be read counts as gone: looking for it in the store would never end.
+            if self.chunks[index].message(seq).is_some() {
                 // Looked up again: the borrow of a value returned from inside a loop would outlive the loop.
                 return match self.chunks[index].message(seq) {
                     Some(message) => Peek::Ready { seq, redelivered, message },
