@@ -98,6 +98,10 @@ impl Current {
                 let began = current.0.lock().unwrap().as_ref().map(|(began, ..)| *began);
                 if began.is_some_and(|began| began.elapsed() > INPUT_PATIENCE) {
                     eprintln!("an input HANGS: {}", current.describe());
+                    // Who waits for whom, if a debugger is there to tell.
+                    let this = std::process::id().to_string();
+                    let stacks = ["-p", &this, "-batch", "-ex", "thread apply all backtrace 30"];
+                    let _ = std::process::Command::new("gdb").args(stacks).stdin(std::process::Stdio::null()).status();
                     std::process::abort();
                 }
             }

@@ -28,7 +28,10 @@ pub use self::{
     memory::MemoryBudget,
     message::{Body, Message, encode_names},
     port::{Address, Delivery, DeliveryWriter, Effects, Offer, Port},
-    queue::{ConnectionId, Consumer, ConsumerId, Counts, Queue, QueueOptions, SHARED_BODY_BYTES, Settled, Settlement},
+    queue::{
+        ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Queue, QueueOptions, SHARED_BODY_BYTES, Settled,
+        Settlement,
+    },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
     vhost::{DeclaredQueue, Route, Vhost},
 };

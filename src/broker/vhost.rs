@@ -19,7 +19,7 @@ use super::{
     exchange::Exchange,
     memory::MemoryBudget,
     port::Effects,
-    queue::{ConnectionId, Counts, Queue, QueueOptions},
+    queue::{ConnectionId, Counts, DeletedQueue, Queue, QueueOptions},
     router::{Declared, Removed, RouteResult, Topology, TopologyError, check_ends},
 };
 use crate::{
@@ -318,7 +318,7 @@ impl Vhost {
         check: impl FnOnce(&Counts) -> Result<(), BrokerError>,
     ) -> Result<(u64, Round), BrokerError> {
         let mut topology = self.topology.write();
-        let Some((consumers, ready)) = queue.delete(check)? else { return Ok((0, 0)) };
+        let Some(DeletedQueue { consumers, ready, in_store }) = queue.delete(check)? else { return Ok((0, 0)) };
         let name = &queue.options.name;
         let removed = topology.remove_queue(name);
         let mut round = self.forget(&removed);
@@ -326,10 +326,12 @@ impl Vhost {
         if queue.options.durable {
             round = round.max(self.store.delete_definition(definitions::queue_key(&self.name, name)));
         }
-        // Also for a transient queue: some of it may be paged out.
-        let deleted = self.store.delete_queue(queue.id);
-        if queue.options.durable {
-            round = round.max(deleted);
+        if in_store {
+            // Also of a transient queue, some of which was paged out; nobody waits for that.
+            let deleted = self.store.delete_queue(queue.id);
+            if queue.options.durable {
+                round = round.max(deleted);
+            }
         }
         drop(topology);
         tracing::info!(vhost = %self.name, queue = %name, messages = ready, "queue deleted");

@@ -77,6 +77,16 @@ pub enum Settlement {
     Requeue,
 }
 
+/// What a deleted queue leaves to be done.
+pub struct DeletedQueue {
+    /// To be told.
+    pub consumers: Vec<Consumer>,
+    /// Messages that were ready.
+    pub ready: u64,
+    /// The store may hold something of it. Most queues never get there, and a deletion in the store is not free.
+    pub in_store: bool,
+}
+
 /// See the module.
 pub struct Queue {
     pub options: QueueOptions,
@@ -269,15 +279,14 @@ impl Queue {
         self.state.lock().log.resident_bytes()
     }
 
-    /// Ends the queue if `check` agrees: drops its messages and answers its consumers (to be told) and how many messages
-    /// were ready. `None` when it was gone already.
+    /// Ends the queue if `check` agrees: drops its messages and answers what is left to be done. `None` when it was gone already.
     ///
     /// # Errors
     /// What `check` says; the queue is then unchanged.
     pub fn delete(
         &self,
         check: impl FnOnce(&Counts) -> Result<(), BrokerError>,
-    ) -> Result<Option<(Vec<Consumer>, u64)>, BrokerError> {
+    ) -> Result<Option<DeletedQueue>, BrokerError> {
         let mut state = self.state.lock();
         if state.deleted {
             return Ok(None);

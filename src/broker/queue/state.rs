@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Consumer, ConsumerId, Settled, Settlement,
+    ConsumerId, DeletedQueue, Settled, Settlement,
     consumers::ConsumerRing,
     log::{Peek, QueueLog},
     ranges::RangeSet,
@@ -406,7 +406,7 @@ impl QueueState {
         (self.durable_count, self.durable_bytes) = (self.unacked_durable, self.unacked_durable_bytes);
     }
 
-    pub(super) fn delete(&mut self, budget: &Arc<MemoryBudget>) -> (Vec<Consumer>, u64) {
+    pub(super) fn delete(&mut self, budget: &Arc<MemoryBudget>) -> DeletedQueue {
         let ready = self.counts.ready;
         self.deleted = true;
         self.log = QueueLog::new(budget.clone());
@@ -414,7 +414,7 @@ impl QueueState {
         (self.unacked_durable, self.unacked_durable_bytes, self.unwritten_durable) = (0, 0, 0);
         self.nothing_ready();
         self.unopened = None;
-        (self.consumers.take_all(), ready)
+        DeletedQueue { consumers: self.consumers.take_all(), ready, in_store: self.in_store }
     }
 }
 

@@ -680,7 +680,7 @@ fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
     let mut subject = Subject::new(1 << 30, Duration::ZERO, true);
     subject.run(Step::Publish { count: 30, bytes: 1_000, persistent: 2 });
     subject.run(Step::Consume { prefetch: 5, no_ack: false, priority: 0 });
-    let (consumers, ready) = subject
+    let DeletedQueue { consumers, ready, .. } = subject
         .queue
         .delete(|counts| {
             assert_eq!((counts.ready, counts.unacked, counts.consumers), (25, 5, 1));
