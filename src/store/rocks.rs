@@ -228,8 +228,18 @@ fn log_options(base: &mut Options, options: &StoreOptions) {
     base.set_max_total_wal_size(2 * options.write_buffer_bytes as u64);
 }
 
+/// Where a family's options begin. Many range deletions in one memtable make its flush, and with it writes, wait for
+/// tens of seconds (RocksDB sizes each of them against every file), so a memtable with too many is flushed early.
+fn family_base() -> Options {
+    const MANY_RANGE_DELETIONS: &str = "memtable_max_range_deletions=500";
+    Options::default().get_options_from_string(MANY_RANGE_DELETIONS).unwrap_or_else(|error| {
+        tracing::warn!(%error, "range deletions are not bounded");
+        Options::default()
+    })
+}
+
 fn log_family(options: &StoreOptions, cache: &Cache) -> Options {
-    let mut family = Options::default();
+    let mut family = family_base();
     family.set_write_buffer_size(options.write_buffer_bytes / 2);
     family.set_max_write_buffer_number(4);
     family.set_compression_type(DBCompressionType::Lz4);
@@ -246,7 +256,7 @@ fn log_family(options: &StoreOptions, cache: &Cache) -> Options {
 
 /// For families whose records are few or small, and overwritten or deleted soon.
 fn small_family(options: &StoreOptions, cache: &Cache) -> Options {
-    let mut family = Options::default();
+    let mut family = family_base();
     family.set_write_buffer_size(options.write_buffer_bytes / 4);
     family.set_compression_type(DBCompressionType::Lz4);
     family.set_target_file_size_base(8 * 1024 * 1024);
