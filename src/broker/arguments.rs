@@ -71,13 +71,15 @@ const FOREIGN_TO_QUORUM: &[&str] = &[
 pub enum QueueType {
     Classic,
     Quorum,
+    Stream,
 }
 
 impl QueueType {
-    /// Reads `x-queue-type`; whatever is not `quorum` is served as classic.
+    /// Reads `x-queue-type`; whatever it does not know is classic.
     pub fn of(arguments: &FieldTable) -> Self {
         match lookup(arguments, "x-queue-type").and_then(as_longstr) {
             Some(b"quorum") => QueueType::Quorum,
+            Some(b"stream") => QueueType::Stream,
             _ => QueueType::Classic,
         }
     }
@@ -87,6 +89,7 @@ impl QueueType {
         match self {
             QueueType::Classic => "rabbit_classic_queue",
             QueueType::Quorum => "rabbit_quorum_queue",
+            QueueType::Stream => "rabbit_stream_queue",
         }
     }
 
@@ -94,6 +97,7 @@ impl QueueType {
         match self {
             QueueType::Classic => FOREIGN_TO_CLASSIC,
             QueueType::Quorum => FOREIGN_TO_QUORUM,
+            QueueType::Stream => &[],
         }
     }
 }

@@ -38,6 +38,8 @@ pub struct Message<'a> {
     pub body: Body<'a>,
     /// Delivery mode 2.
     pub persistent: bool,
+    /// What the broker itself notes of the message, see [`extension`](super::extension); empty for most.
+    pub extension: &'a [u8],
 }
 
 /// Writes exchange and routing key as [`Message::names`] holds them; each is cut at 255 bytes.

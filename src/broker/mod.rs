@@ -6,12 +6,14 @@ pub mod binding;
 mod definitions;
 mod error;
 pub mod exchange;
+pub mod extension;
 mod memory;
 mod message;
 mod port;
 mod queue;
 mod reply;
 pub mod router;
+pub mod rules;
 mod vhost;
 
 use std::sync::{

@@ -159,6 +159,7 @@ impl Session {
             properties: properties.raw(),
             body,
             persistent: properties.is_persistent(),
+            extension: &[],
         };
         if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
             return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
@@ -324,7 +325,7 @@ fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>)
                 [head @ .., frame::FRAME_END] if head[..frame::HEAD_BYTES] == body_head => &head[frame::HEAD_BYTES..],
                 _ => break, // a body in pieces, or a bad frame: read with care
             };
-            run.push(Message { names, properties, body: Body::Inline(body), persistent });
+            run.push(Message { names, properties, body: Body::Inline(body), persistent, extension: &[] });
             at += repeated + body_frame;
             continue;
         }
@@ -388,7 +389,13 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
         len += frame.wire_len();
         body = frame.payload;
     }
-    let message = Message { names: publish.names, properties: header.properties, body: Body::Inline(body), persistent };
+    let message = Message {
+        names: publish.names,
+        properties: header.properties,
+        body: Body::Inline(body),
+        persistent,
+        extension: &[],
+    };
     Some(Whole { message, method: &input[..header_at], header: &input[header_at..body_at], len })
 }
 

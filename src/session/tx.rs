@@ -40,7 +40,7 @@ impl TxPublish {
     fn message(&self) -> Message<'_> {
         let body =
             if self.body.len() < SHARED_BODY_BYTES { Body::Inline(&self.body) } else { Body::Shared(&self.body) };
-        Message { names: &self.names, properties: &self.properties, body, persistent: self.persistent }
+        Message { names: &self.names, properties: &self.properties, body, persistent: self.persistent, extension: &[] }
     }
 }
 

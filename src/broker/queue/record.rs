@@ -1,27 +1,31 @@
 //! A message as a queue's log keeps it, in memory and on disk.
 //!
-//! Layout, little-endian: `flags:u8 properties_len:u24 body_len:u32 published:u40 names properties body`. `published` is in
-//! milliseconds since [`EPOCH_UNIX_MS`]; `names` are two short strings, so they tell their own length. The body of a
-//! [`SHARED`] record stands beside the chunk in memory; on disk every record is whole.
+//! Layout, little-endian: `flags:u8 properties_len:u24 body_len:u32 published:u40 [extension_len:u16 extension] names properties
+//! body`. `published` is in milliseconds since [`EPOCH_UNIX_MS`]; the extension is there if the flags say so; `names` are two
+//! short strings, so they tell their own length. The body of a [`SHARED`] record stands beside the chunk in memory; on disk
+//! every record is whole.
 
 use bytes::Bytes;
 
-use crate::broker::message::{Body, Message};
+use crate::broker::{
+    extension::{self, EPOCH_UNIX_MS},
+    message::{Body, Message},
+};
 
-/// 2025-01-01 00:00 UTC.
-pub const EPOCH_UNIX_MS: u64 = 1_735_689_600_000;
 /// Bodies from this size on are shared, not copied.
 pub const SHARED_BODY_BYTES: usize = 16 << 10;
 
 const HEAD_BYTES: usize = 13;
 const PERSISTENT: u8 = 1;
 const SHARED: u8 = 2;
+const EXTENDED: u8 = 4;
 
 /// The fixed part of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RecordHead {
     pub persistent: bool,
     shared: bool,
+    extended: bool,
     properties_len: usize,
     pub body_len: usize,
     pub published_unix_ms: u64,
@@ -31,12 +35,19 @@ pub struct RecordHead {
 #[inline]
 pub fn encode(out: &mut Vec<u8>, message: &Message<'_>, now_unix_ms: u64) {
     let shared = matches!(message.body, Body::Shared(_));
-    let flags = (u8::from(message.persistent) * PERSISTENT) | (u8::from(shared) * SHARED);
+    let extension = if message.extension.len() <= extension::MAX_BYTES { message.extension } else { &[] };
+    let flags = (u8::from(message.persistent) * PERSISTENT)
+        | (u8::from(shared) * SHARED)
+        | (u8::from(!extension.is_empty()) * EXTENDED);
     let mut head = [0; HEAD_BYTES];
     head[0..4].copy_from_slice(&((message.properties.len() as u32) << 8 | u32::from(flags)).to_le_bytes());
     head[4..8].copy_from_slice(&(message.body.len() as u32).to_le_bytes());
     head[8..13].copy_from_slice(&now_unix_ms.saturating_sub(EPOCH_UNIX_MS).to_le_bytes()[..5]);
     out.extend_from_slice(&head);
+    if !extension.is_empty() {
+        out.extend_from_slice(&(extension.len() as u16).to_le_bytes());
+        out.extend_from_slice(extension);
+    }
     out.extend_from_slice(message.names);
     out.extend_from_slice(message.properties);
     if let Body::Inline(body) = message.body {
@@ -51,7 +62,8 @@ pub fn encoded_len(message: &Message<'_>) -> usize {
         Body::Inline(body) => body.len(),
         Body::Shared(_) => 0,
     };
-    HEAD_BYTES + message.names.len() + message.properties.len() + inline
+    let extension = if message.extension.is_empty() { 0 } else { 2 + message.extension.len() };
+    HEAD_BYTES + extension + message.names.len() + message.properties.len() + inline
 }
 
 /// Reads the fixed part.
@@ -63,6 +75,7 @@ pub fn head(record: &[u8]) -> Option<RecordHead> {
     Some(RecordHead {
         persistent: word as u8 & PERSISTENT != 0,
         shared: word as u8 & SHARED != 0,
+        extended: word as u8 & EXTENDED != 0,
         properties_len: (word >> 8) as usize,
         body_len: u32::from_le_bytes([head[4], head[5], head[6], head[7]]) as usize,
         published_unix_ms: EPOCH_UNIX_MS + since,
@@ -75,7 +88,12 @@ pub fn head(record: &[u8]) -> Option<RecordHead> {
 #[inline]
 pub fn decode<'a>(record: &'a [u8], shared: Option<&'a Bytes>) -> Option<Message<'a>> {
     let head = head(record)?;
-    let rest = record.get(HEAD_BYTES..)?;
+    let mut rest = record.get(HEAD_BYTES..)?;
+    let mut extension: &[u8] = &[];
+    if head.extended {
+        let (len, after) = rest.split_first_chunk::<2>()?;
+        (extension, rest) = after.split_at_checked(u16::from_le_bytes(*len) as usize)?;
+    }
     let exchange_len = 1 + *rest.first()? as usize;
     let names_len = exchange_len + 1 + *rest.get(exchange_len)? as usize;
     let (names, rest) = rest.split_at_checked(names_len)?;
@@ -84,7 +102,7 @@ pub fn decode<'a>(record: &'a [u8], shared: Option<&'a Bytes>) -> Option<Message
         Some(bytes) if head.shared => Body::Shared(bytes),
         _ => Body::Inline(rest.get(..head.body_len)?),
     };
-    Some(Message { names, properties, body, persistent: head.persistent })
+    Some(Message { names, properties, body, persistent: head.persistent, extension })
 }
 
 /// The record with its body inside, as the store keeps it.
@@ -115,10 +133,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn records_survive_the_round_trip(exchange in "[a-z]{0,20}", key in "[a-z]{0,20}", properties in proptest::collection::vec(any::<u8>(), 2..40), body in proptest::collection::vec(any::<u8>(), 0..200), persistent: bool, shared: bool) {
+        fn records_survive_the_round_trip(exchange in "[a-z]{0,20}", key in "[a-z]{0,20}", properties in proptest::collection::vec(any::<u8>(), 2..40), body in proptest::collection::vec(any::<u8>(), 0..200), persistent: bool, shared: bool, extension in proptest::collection::vec(any::<u8>(), 0..12)) {
             let names = encode_names(exchange.as_bytes(), key.as_bytes());
             let bytes = Bytes::from(body.clone());
-            let message = Message { names: &names, properties: &properties, persistent,
+            let message = Message { names: &names, properties: &properties, persistent, extension: &extension,
                 body: if shared { Body::Shared(&bytes) } else { Body::Inline(&body) } };
             let mut record = Vec::new();
             encode(&mut record, &message, EPOCH_UNIX_MS + 123_456);
@@ -128,7 +146,7 @@ mod tests {
             if shared { whole(&record, &bytes, &mut on_disk); }
             for (record, beside) in [(&record, shared.then_some(&bytes)), (&on_disk, None)] {
                 let read = decode(record, beside).unwrap();
-                prop_assert_eq!((read.names, read.properties, read.body.as_slice(), read.persistent), (&names[..], &properties[..], &body[..], persistent));
+                prop_assert_eq!((read.names, read.properties, read.body.as_slice(), read.persistent, read.extension), (&names[..], &properties[..], &body[..], persistent, &extension[..]));
             }
             for cut in 0..on_disk.len() {
                 prop_assert!(decode(&on_disk[..cut], None).is_none());

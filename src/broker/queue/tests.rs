@@ -374,6 +374,7 @@ impl Subject {
                 properties: &[0x10, 0, 2],
                 body: if body.len() < SHARED_BODY_BYTES { Body::Inline(body) } else { Body::Shared(body) },
                 persistent: message.persistent,
+                extension: &[],
             })
             .collect();
         self.ready.extend(messages);
@@ -698,7 +699,8 @@ fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
         .collect();
     subject.queue.settle(Some(subject.consumers[0].id), &settled, Settlement::Requeue, &mut effects);
     let names = encode_names(b"", b"q");
-    let message = Message { names: &names, properties: &[0, 0], body: Body::Inline(b"late"), persistent: true };
+    let message =
+        Message { names: &names, properties: &[0, 0], body: Body::Inline(b"late"), persistent: true, extension: &[] };
     assert_eq!(subject.queue.publish(&[message], &mut effects), 0);
     assert!(!subject.queue.get(
         &(subject.getter.clone() as Arc<dyn Port>),
@@ -781,8 +783,11 @@ impl LogSubject {
                     let body = body_of(self.log.tail(), bytes);
                     let shared = Bytes::from(body.clone());
                     let body = if bytes < SHARED_BODY_BYTES { Body::Inline(&body) } else { Body::Shared(&shared) };
-                    let seq =
-                        self.log.append(&Message { names: &self.names, properties: &[0, 0], body, persistent }, 0, 0);
+                    let seq = self.log.append(
+                        &Message { names: &self.names, properties: &[0, 0], body, persistent, extension: &[] },
+                        0,
+                        0,
+                    );
                     self.model.insert(seq, (Place::Ready { handed_out: false }, bytes, persistent));
                 }
             }
@@ -922,7 +927,7 @@ proptest! {
         let mut chunk = Chunk::new(head, 0, budget);
         for seq in head..tail {
             let mut record = Vec::new();
-            record::encode(&mut record, &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true }, 0);
+            record::encode(&mut record, &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true, extension: &[] }, 0);
             chunk.append_record(seq, &record);
         }
         log.install(chunk);
@@ -946,7 +951,7 @@ fn positions_without_a_record_are_passed_over_and_counted() {
     let mut record = Vec::new();
     record::encode(
         &mut record,
-        &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true },
+        &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true, extension: &[] },
         0,
     );
     chunk.append_record(12, &record);
@@ -976,7 +981,8 @@ fn positions_without_a_record_are_passed_over_and_counted() {
 #[test]
 fn chunks_that_come_late_or_hold_nothing_do_not_stay() {
     let record = || {
-        let message = Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true };
+        let message =
+            Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true, extension: &[] };
         let mut bytes = Vec::new();
         record::encode(&mut bytes, &message, 0);
         bytes
@@ -1016,7 +1022,7 @@ fn a_chunk_knows_which_of_its_positions_are_absent() {
         let mut bytes = Vec::new();
         record::encode(
             &mut bytes,
-            &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(body), persistent },
+            &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(body), persistent, extension: &[] },
             0,
         );
         bytes
