@@ -13,7 +13,7 @@ use crate::{
     auth::Authenticator,
     broker::{Broker, BrokerLimits},
     config::{Config, Durability},
-    net::{Listener, Registry, Shared, keep_time, raise_file_limit},
+    net::{Listener, Registry, Shared, keep_deadlines, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
     store::{CommitHook, Store, StoreError, StoreOptions},
 };
@@ -38,7 +38,7 @@ pub struct Server {
     broker: Arc<Broker>,
     registry: Arc<Registry>,
     listeners: Vec<Listener>,
-    timer: JoinHandle<()>,
+    timers: [JoinHandle<()>; 2],
 }
 
 impl Server {
@@ -90,8 +90,9 @@ impl Server {
             max_connections: config.max_connections,
         });
         let listeners = listen(&config.bind, config.port, &shared)?;
-        let timer = tokio::spawn(keep_time(registry.clone(), broker.clone()));
-        Ok(Server { store, broker, registry, listeners, timer })
+        let timers =
+            [tokio::spawn(keep_time(registry.clone(), broker.clone())), tokio::spawn(keep_deadlines(broker.clone()))];
+        Ok(Server { store, broker, registry, listeners, timers })
     }
 
     /// The addresses listened on.
@@ -116,7 +117,7 @@ impl Server {
         if tokio::time::timeout(CLOSE_PATIENCE, self.registry.drained()).await.is_err() {
             tracing::warn!(connections = self.registry.sockets(), "clients did not answer connection.close in time");
         }
-        self.timer.abort();
+        self.timers.iter().for_each(JoinHandle::abort);
         let store = self.store.clone();
         match tokio::task::spawn_blocking(move || store.shutdown()).await {
             Ok(stopped) => Ok(stopped?),

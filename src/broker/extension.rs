@@ -1,9 +1,10 @@
 //! What the broker notes of a message beside what its publisher said: when it expires, that the broker dead-lettered it
-//! before, and the keys of a `BCC` header, which is not delivered.
+//! before, with which routing key and after how many failed deliveries, and the keys of a `BCC` header, which is not
+//! delivered.
 //!
-//! Layout: `bits:u8`, then what the bits announce, in their order: `expires:u40` (milliseconds since
-//! [`EPOCH_UNIX_MS`], little-endian), nothing for a death, the keys as short strings to the end. An ordinary message has no
-//! extension at all.
+//! Layout: `bits:u8`, then what the bits announce: `expires:u40` (milliseconds since [`EPOCH_UNIX_MS`], little-endian),
+//! `deliveries:u32` (little-endian), nothing for a death or a sole key, the keys as short strings to the end. An ordinary
+//! message has no extension at all.
 
 use smallvec::SmallVec;
 
@@ -17,7 +18,10 @@ pub const MAX_BYTES: usize = 0xffff;
 const EXPIRES: u8 = 1;
 const DIED: u8 = 2;
 const KEYS: u8 = 4;
+const SOLE_KEY: u8 = 8;
+const DELIVERIES: u8 = 16;
 const EXPIRES_BYTES: usize = 5;
+const DELIVERIES_BYTES: usize = 4;
 
 /// An extension taken apart. The default is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +30,10 @@ pub struct Extension<'a> {
     pub expires_unix_ms: Option<u64>,
     /// The broker dead-lettered it before: `x-death` among its headers is the broker's own.
     pub died: bool,
+    /// A dead-letter routing key took the place of all its routing keys: `CC` and `BCC` route it no more.
+    pub sole_key: bool,
+    /// Failed deliveries in the queues it was dead-lettered from; with any, it is redelivered from the first delivery on.
+    pub deliveries: u32,
     /// Routing keys from `BCC`, as short strings end to end.
     pub hidden_keys: &'a [u8],
 }
@@ -52,8 +60,15 @@ impl<'a> Extension<'a> {
         if bits & EXPIRES != 0 {
             rest = rest.get(EXPIRES_BYTES..).unwrap_or_default();
         }
+        let mut deliveries = 0;
+        if bits & DELIVERIES != 0
+            && let Some((count, after)) = rest.split_first_chunk::<DELIVERIES_BYTES>()
+        {
+            (deliveries, rest) = (u32::from_le_bytes(*count), after);
+        }
         let hidden_keys = if bits & KEYS != 0 { rest } else { &[] };
-        Extension { expires_unix_ms, died: bits & DIED != 0, hidden_keys }
+        let (died, sole_key) = (bits & DIED != 0, bits & SOLE_KEY != 0);
+        Extension { expires_unix_ms, died, sole_key, deliveries, hidden_keys }
     }
 
     /// Whether there is nothing to note.
@@ -67,14 +82,20 @@ impl<'a> Extension<'a> {
         if self.is_empty() {
             return out;
         }
-        let keys = if self.hidden_keys.len() + 1 + EXPIRES_BYTES <= MAX_BYTES { self.hidden_keys } else { &[] };
+        let fixed_bytes = 1 + EXPIRES_BYTES + DELIVERIES_BYTES;
+        let keys = if self.hidden_keys.len() + fixed_bytes <= MAX_BYTES { self.hidden_keys } else { &[] };
         let bits = u8::from(self.expires_unix_ms.is_some()) * EXPIRES
             | u8::from(self.died) * DIED
-            | u8::from(!keys.is_empty()) * KEYS;
+            | u8::from(!keys.is_empty()) * KEYS
+            | u8::from(self.sole_key) * SOLE_KEY
+            | u8::from(self.deliveries > 0) * DELIVERIES;
         out.push(bits);
         if let Some(expires) = self.expires_unix_ms {
             let since = expires.saturating_sub(EPOCH_UNIX_MS).min(MAX_SINCE_MS);
             out.extend_from_slice(&since.to_le_bytes()[..EXPIRES_BYTES]);
+        }
+        if self.deliveries > 0 {
+            out.extend_from_slice(&self.deliveries.to_le_bytes());
         }
         out.extend_from_slice(keys);
         out
@@ -110,9 +131,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn extensions_survive_the_round_trip(since in proptest::option::of(0u64..1 << 39), died: bool, keys in proptest::collection::vec("[a-z]{0,9}", 0..4)) {
+        fn extensions_survive_the_round_trip(since in proptest::option::of(0u64..1 << 39), died: bool, sole_key: bool, deliveries in 0u32..3, keys in proptest::collection::vec("[a-z]{0,9}", 0..4)) {
             let hidden_keys = encode_keys(keys.iter().map(String::as_bytes));
-            let extension = Extension { expires_unix_ms: since.map(|since| EPOCH_UNIX_MS + since), died, hidden_keys: &hidden_keys };
+            let extension = Extension { expires_unix_ms: since.map(|since| EPOCH_UNIX_MS + since), died, sole_key, deliveries, hidden_keys: &hidden_keys };
             let bytes = extension.encode();
             prop_assert_eq!(bytes.is_empty(), extension.is_empty());
             prop_assert_eq!(Extension::parse(&bytes), extension);

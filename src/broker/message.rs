@@ -1,6 +1,10 @@
 //! A message on its way through the broker: a borrowed view of what a publish carries and what a record decodes to.
 
 use bytes::Bytes;
+use smallvec::SmallVec;
+
+use super::{extension::Extension, queue::SHARED_BODY_BYTES};
+use crate::model::properties::{Properties, raw_elements, raw_entry};
 
 /// The bytes of a body: next to the rest of the message, or a large one that is shared instead of copied.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +46,38 @@ pub struct Message<'a> {
     pub extension: &'a [u8],
 }
 
+impl<'a> Message<'a> {
+    /// Exchange and routing key.
+    #[inline]
+    pub fn exchange_and_key(&self) -> (&'a [u8], &'a [u8]) {
+        let short = |bytes: &'a [u8]| {
+            let (&len, rest) = bytes.split_first()?;
+            rest.split_at_checked(len as usize)
+        };
+        let (exchange, rest) = short(self.names).unwrap_or_default();
+        (exchange, short(rest).unwrap_or_default().0)
+    }
+
+    /// Every key the message is routed by: its routing key, those of its `CC` header, and the hidden ones from `BCC`. Behind
+    /// a dead-letter routing key there are no others.
+    pub fn routing_keys(&self) -> SmallVec<[&'a [u8]; 4]> {
+        let mut keys = SmallVec::new();
+        keys.push(self.exchange_and_key().1);
+        let extension = Extension::parse(self.extension);
+        if extension.sole_key {
+            return keys;
+        }
+        let headers = Properties::parse(self.properties).ok().and_then(|view| view.raw_headers());
+        if let Some(entry) = headers.and_then(|table| raw_entry(table, b"CC"))
+            && entry.tag == b'A'
+        {
+            keys.extend(raw_elements(entry.value()).filter(|element| element.0 == b'S').map(|element| &element.1[4..]));
+        }
+        keys.extend(extension.keys());
+        keys
+    }
+}
+
 /// Writes exchange and routing key as [`Message::names`] holds them; each is cut at 255 bytes.
 pub fn encode_names(exchange: &[u8], routing_key: &[u8]) -> Vec<u8> {
     let mut names = Vec::with_capacity(2 + exchange.len() + routing_key.len());
@@ -51,4 +87,46 @@ pub fn encode_names(exchange: &[u8], routing_key: &[u8]) -> Vec<u8> {
         names.extend_from_slice(&name[..len]);
     }
     names
+}
+
+/// A message that outlives the buffer it came in.
+#[derive(Clone, Debug)]
+pub struct OwnedMessage {
+    pub names: Vec<u8>,
+    pub properties: Vec<u8>,
+    pub extension: Vec<u8>,
+    pub body: Bytes,
+    pub persistent: bool,
+}
+
+impl From<&Message<'_>> for OwnedMessage {
+    fn from(message: &Message<'_>) -> Self {
+        OwnedMessage {
+            names: message.names.to_vec(),
+            properties: message.properties.to_vec(),
+            extension: message.extension.to_vec(),
+            body: match message.body {
+                Body::Inline(body) => Bytes::copy_from_slice(body),
+                Body::Shared(body) => body.clone(),
+            },
+            persistent: message.persistent,
+        }
+    }
+}
+
+impl OwnedMessage {
+    /// The message, with its body shared if that is large enough.
+    pub fn view(&self) -> Message<'_> {
+        let body = match self.body.len() {
+            0..SHARED_BODY_BYTES => Body::Inline(&self.body),
+            _ => Body::Shared(&self.body),
+        };
+        Message {
+            names: &self.names,
+            properties: &self.properties,
+            body,
+            persistent: self.persistent,
+            extension: &self.extension,
+        }
+    }
 }

@@ -3,7 +3,11 @@
 mod alarm;
 pub mod arguments;
 pub mod binding;
+mod dead_letter;
+mod dead_lettering;
 mod definitions;
+mod delivery_headers;
+mod environment;
 mod error;
 pub mod exchange;
 pub mod extension;
@@ -14,6 +18,7 @@ mod queue;
 mod reply;
 pub mod router;
 pub mod rules;
+mod timers;
 mod vhost;
 
 use std::sync::{
@@ -28,19 +33,20 @@ pub use self::{
     alarm::{Alarm, Alarms},
     error::BrokerError,
     memory::MemoryBudget,
-    message::{Body, Message, encode_names},
-    port::{Address, Delivery, DeliveryWriter, Effects, Offer, Port},
+    message::{Body, Message, OwnedMessage, encode_names},
+    port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port},
     queue::{
-        ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Queue, QueueOptions, SHARED_BODY_BYTES, Settled,
-        Settlement,
+        ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Outcome, Queue, QueueOptions, SHARED_BODY_BYTES,
+        Settled, Settlement,
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
     vhost::{DeclaredQueue, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
 
-use self::definitions::Definition;
+use self::{definitions::Definition, environment::Environment};
 use crate::{
+    clock,
     model::Name,
     store::{QueueId, Recovered, Store},
 };
@@ -57,9 +63,13 @@ pub struct BrokerLimits {
 /// Sweeps in a row that may find the memory budget exhausted before that is an alarm: paging gets its chance first.
 const EXHAUSTED_SWEEPS: u32 = 8;
 
+/// Timers fired before others get a chance to run.
+const TIMERS_AT_ONCE: usize = 256;
+
 /// The broker: vhosts over one store.
 pub struct Broker {
     vhosts: DashMap<Name, Arc<Vhost>>,
+    environment: Arc<Environment>,
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
     disk_free_limit_bytes: u64,
@@ -72,17 +82,19 @@ pub struct Broker {
 impl Broker {
     /// A broker over an open store, with what the store has recovered.
     pub fn new(store: Arc<Store>, recovered: Recovered, limits: BrokerLimits) -> Arc<Self> {
-        let broker = Broker {
+        let budget = Arc::new(MemoryBudget::new(limits.memory_budget_bytes));
+        let broker = Arc::new_cyclic(|this| Broker {
             vhosts: DashMap::new(),
+            environment: Environment::new(store.clone(), budget.clone(), this.clone()),
             store,
-            budget: Arc::new(MemoryBudget::new(limits.memory_budget_bytes)),
+            budget,
             disk_free_limit_bytes: limits.disk_free_limit_bytes,
             alarms: Alarms::default(),
             exhausted_sweeps: AtomicU32::new(0),
             replies: ReplyRegistry::default(),
-        };
+        });
         broker.restore(recovered);
-        Arc::new(broker)
+        broker
     }
 
     fn restore(&self, recovered: Recovered) {
@@ -106,7 +118,7 @@ impl Broker {
         }
         for (id, options) in queues {
             let vhost = self.vhost_or_new(&options.vhost);
-            vhost.restore_queue(id, options, states.remove(&id));
+            vhost.restore_queue(id, options, &mut states);
         }
         for (vhost, binding) in bindings {
             if !self.vhost_or_new(&vhost).restore_binding(binding.clone()) {
@@ -125,7 +137,7 @@ impl Broker {
     }
 
     fn vhost_or_new(&self, name: &Name) -> Arc<Vhost> {
-        let new = || Arc::new(Vhost::new(name.clone(), self.store.clone(), self.budget.clone()));
+        let new = || Arc::new(Vhost::new(name.clone(), self.environment.clone()));
         self.vhosts.entry(name.clone()).or_insert_with(new).clone()
     }
 
@@ -152,16 +164,60 @@ impl Broker {
 
     /// Does what queues asked for while they were locked. Nothing is locked by the caller.
     pub fn carry_out(&self, effects: &mut Effects) {
-        while let Some(queue) = effects.unused.pop() {
-            if !queue.is_abandoned() {
-                continue;
+        loop {
+            while let Some(queue) = effects.unused.pop() {
+                if queue.is_abandoned() {
+                    self.delete_queue(&queue, effects);
+                }
             }
-            if let Some(vhost) = self.vhost(&queue.options.vhost) {
-                // Cannot be refused: nothing is checked.
-                let _ = vhost.delete_queue(&queue, effects, |_| Ok(()));
+            while let Some(queue) = effects.expired.pop() {
+                if queue.is_expired(clock::now_unix_ms()) {
+                    tracing::info!(queue = %queue.options.name, vhost = %queue.options.vhost, "queue unused for too long");
+                    self.delete_queue(&queue, effects);
+                }
+            }
+            for (port, to) in effects.timed_out.drain(..) {
+                port.consumer_timed_out(to);
+            }
+            if !effects.dead.is_empty() {
+                self.dead_letter(effects);
+            } else if let Some(queue) = effects.again.pop() {
+                queue.deliver(effects);
+            } else if effects.unused.is_empty() && effects.expired.is_empty() && effects.timed_out.is_empty() {
+                break;
             }
         }
         effects.deliver_and_wake();
+    }
+
+    fn delete_queue(&self, queue: &Arc<Queue>, effects: &mut Effects) {
+        if let Some(vhost) = self.vhost(&queue.options.vhost) {
+            // Cannot be refused: nothing is checked.
+            let _ = vhost.delete_queue(queue, effects, |_| Ok(()));
+        }
+    }
+
+    /// Does what is due by the wall clock; answers when something will be next (Unix milliseconds, `u64::MAX` for never).
+    pub fn fire_timers(&self) -> u64 {
+        let mut effects = Effects::default();
+        for _ in 0..TIMERS_AT_ONCE {
+            let now = clock::now_unix_ms();
+            match self.environment.timers.next(now) {
+                Ok(timed) => {
+                    // What leaves one queue and enters another does so in one round.
+                    let _one_round = self.store.atomic();
+                    timed.on_time(now, &mut effects);
+                    self.carry_out(&mut effects);
+                }
+                Err(next) => return next,
+            }
+        }
+        clock::now_unix_ms()
+    }
+
+    /// Waits until something is due earlier than [`Broker::fire_timers`] has said.
+    pub async fn timers_changed(&self) {
+        self.environment.timers.changed().await;
     }
 
     /// Looks after memory and disk: has queues page out when the budget is exceeded, sets and clears alarms. Called a
@@ -222,6 +278,11 @@ impl Broker {
     /// When the round could not be written.
     pub async fn durable(&self, round: Round) -> Result<(), BrokerError> {
         self.store.durable(round).await.map_err(|error| BrokerError::Store { reason: error.to_string() })
+    }
+
+    /// The round that is open now; it will be committed, even if it stays empty.
+    pub fn open_round(&self) -> Round {
+        self.store.open_round()
     }
 
     /// Everything done while the answer lives is in one round.

@@ -2,7 +2,12 @@
 
 use std::sync::Arc;
 
-use super::message::Message;
+use crate::model::Name;
+
+use super::{
+    dead_letter::DeathReason,
+    message::{Message, OwnedMessage},
+};
 
 /// A consumer's place on its connection: the channel, and the slot the session keeps for it there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +57,26 @@ pub trait Port: Send + Sync {
 
     /// Tells the client that its consumer is gone (`basic.cancel`), if it wants to be told. No queue is locked.
     fn consumer_cancelled(&self, to: Address);
+
+    /// A consumer did not settle in time, and what it held went back to its queue: it is cancelled if the client wants to be
+    /// told of that, its channel is closed otherwise. No queue is locked.
+    fn consumer_timed_out(&self, to: Address);
+}
+
+/// A message that a queue gives up, on its way to the dead-letter exchange or the parking queue.
+pub struct DyingMessage {
+    pub queue: Arc<super::queue::Queue>,
+    /// Its place in the queue, where it is held until its copies are made; `None` when it was taken out already.
+    pub position: Option<u64>,
+    pub body_bytes: u32,
+    pub durable: bool,
+    pub reason: DeathReason,
+    /// Failed deliveries it has behind it.
+    pub deliveries: u32,
+    /// The dead-letter exchange, with the key that takes the place of the message's own; without one the message is parked.
+    pub target: Option<(Name, Option<Name>)>,
+    /// `None` when it has to be read from the store.
+    pub message: Option<OwnedMessage>,
 }
 
 /// What a queue wants done once it is unlocked. Reused: [`Effects::is_empty`] between uses.
@@ -65,15 +90,26 @@ pub struct Effects {
     pub congested: bool,
     /// Queues that gave up the lock with deliveries still possible.
     pub again: Vec<Arc<super::queue::Queue>>,
+    /// Messages to be dead-lettered.
+    pub dead: Vec<DyingMessage>,
+    /// Consumers that did not settle in time.
+    pub timed_out: Vec<(Arc<dyn Port>, Address)>,
+    /// Queues nobody has used for longer than they may be unused.
+    pub expired: Vec<Arc<super::queue::Queue>>,
 }
 
 impl Effects {
     /// Whether nothing is left to do.
     pub fn is_empty(&self) -> bool {
-        self.wakes.is_empty() && self.unused.is_empty() && self.again.is_empty()
+        self.wakes.is_empty()
+            && self.unused.is_empty()
+            && self.again.is_empty()
+            && self.dead.is_empty()
+            && self.timed_out.is_empty()
+            && self.expired.is_empty()
     }
 
-    /// Carries out what needs no broker: continues cut deliveries and wakes writers.
+    /// Carries out what needs no broker: continues cut deliveries and wakes writers. What only a broker can do is dropped.
     pub fn deliver_and_wake(&mut self) {
         while let Some(queue) = self.again.pop() {
             queue.deliver(self);

@@ -141,3 +141,60 @@ impl Default for QueueTraits {
         }
     }
 }
+
+// TEMPORARY until merged.
+impl QueueTraits {
+    pub fn of(arguments: &amq_protocol::types::FieldTable) -> Self {
+        use crate::model::arguments::{as_integer, as_longstr, lookup};
+        let queue_type = QueueType::of(arguments);
+        let n = lookup(arguments, "x-max-priority").and_then(as_integer).map_or(0, |n| n.clamp(1, 255) as u8);
+        let (max_priority, default_priority) = if queue_type == QueueType::Quorum { (31, 4) } else { (n, 0) };
+        QueueTraits {
+            queue_type,
+            max_priority,
+            default_priority,
+            single_active_consumer: matches!(
+                lookup(arguments, "x-single-active-consumer"),
+                Some(amq_protocol::types::AMQPValue::Boolean(true))
+            ),
+            message_group: lookup(arguments, "x-message-group")
+                .and_then(as_longstr)
+                .map(|b| Name::from(std::str::from_utf8(b).unwrap_or(""))),
+            ..QueueTraits::default()
+        }
+    }
+}
+impl QueueRules {
+    pub fn tmp(arguments: &amq_protocol::types::FieldTable) -> Self {
+        use crate::model::arguments::{as_integer, as_longstr, lookup};
+        let int = |k: &str| lookup(arguments, k).and_then(as_integer).map(|n| n as u64);
+        let text = |k: &str| {
+            lookup(arguments, k).and_then(as_longstr).map(|b| Name::from(std::str::from_utf8(b).unwrap_or("")))
+        };
+        QueueRules {
+            message_ttl_ms: int("x-message-ttl"),
+            expires_ms: int("x-expires"),
+            max_length: int("x-max-length"),
+            max_length_bytes: int("x-max-length-bytes"),
+            overflow: match text("x-overflow").as_deref() {
+                Some("reject-publish") => Overflow::RejectPublish,
+                Some("reject-publish-dlx") => Overflow::RejectPublishDlx,
+                _ => Overflow::DropHead,
+            },
+            dead_letter_exchange: text("x-dead-letter-exchange"),
+            dead_letter_routing_key: text("x-dead-letter-routing-key"),
+            delivery_limit: match (QueueType::of(arguments), lookup(arguments, "x-delivery-limit").and_then(as_integer))
+            {
+                (QueueType::Quorum, None) => Some(20),
+                (QueueType::Quorum, Some(n)) if n >= 0 => Some(n as u32),
+                _ => None,
+            },
+            consumer_timeout_ms: if QueueType::of(arguments) == QueueType::Quorum {
+                int("x-consumer-timeout").or(Some(1_800_000))
+            } else {
+                None
+            },
+            ..QueueRules::default()
+        }
+    }
+}

@@ -9,22 +9,25 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use ahash::AHashMap;
 use amq_protocol::types::FieldTable;
 use parking_lot::RwLock;
 
 use super::{
     BrokerError, arguments,
     binding::{Binding, Destination},
-    definitions,
+    dead_letter, definitions,
+    environment::Environment,
     exchange::Exchange,
-    memory::MemoryBudget,
+    message::Message,
     port::Effects,
     queue::{ConnectionId, Counts, DeletedQueue, Queue, QueueOptions},
     router::{Declared, Removed, RouteResult, Topology, TopologyError, check_ends},
+    rules::QueueTraits,
 };
 use crate::{
-    model::{Name, ResourceName, is_reserved},
-    store::{QueueId, QueueStateRecord, Round, Store},
+    model::{Name, ResourceName, is_reserved, properties::Properties},
+    store::{QueueId, QueueStateRecord, Round},
 };
 
 /// What routing answers: the queues themselves.
@@ -38,8 +41,7 @@ pub struct Vhost {
     epoch: AtomicU64,
     /// The round of the last definition written: who finds a thing declared by another waits for it, too.
     last_definition: AtomicU64,
-    store: Arc<Store>,
-    budget: Arc<MemoryBudget>,
+    environment: Arc<Environment>,
 }
 
 /// A declared queue.
@@ -52,14 +54,13 @@ pub struct DeclaredQueue {
 
 impl Vhost {
     /// A vhost with the predeclared exchanges.
-    pub fn new(name: Name, store: Arc<Store>, budget: Arc<MemoryBudget>) -> Self {
+    pub(super) fn new(name: Name, environment: Arc<Environment>) -> Self {
         Vhost {
             topology: RwLock::new(Topology::with_predeclared(name.clone())),
             name,
             epoch: AtomicU64::new(1),
             last_definition: AtomicU64::new(0),
-            store,
-            budget,
+            environment,
         }
     }
 
@@ -74,7 +75,7 @@ impl Vhost {
     }
 
     fn define(&self, key: Vec<u8>, value: Vec<u8>) -> Round {
-        let round = self.store.put_definition(key, value);
+        let round = self.environment.store.put_definition(key, value);
         self.last_definition.fetch_max(round, Ordering::Relaxed);
         round
     }
@@ -196,12 +197,14 @@ impl Vhost {
         self.changed();
         let mut round = 0;
         for binding in &removed.bindings {
-            round = round.max(self.store.delete_definition(definitions::binding_key(&self.name, binding)));
+            round = round.max(self.environment.store.delete_definition(definitions::binding_key(&self.name, binding)));
         }
         for exchange in &removed.exchanges {
             tracing::info!(vhost = %self.name, exchange = %exchange.name, "exchange deleted");
             if exchange.durable {
-                round = round.max(self.store.delete_definition(definitions::exchange_key(&self.name, &exchange.name)));
+                round = round.max(
+                    self.environment.store.delete_definition(definitions::exchange_key(&self.name, &exchange.name)),
+                );
             }
         }
         round
@@ -277,13 +280,15 @@ impl Vhost {
         if !ignored.is_empty() {
             tracing::warn!(vhost = %self.name, queue = %options.name, arguments = ?ignored, "queue arguments are stored but have no effect in this version");
         }
-        let id = self.store.allocate_queue_id();
+        let traits = QueueTraits::of(&options.arguments);
+        let rules = self.rules_of(&options);
+        let id = self.environment.store.allocate_queue_ids(u64::from(traits.max_priority) + 1);
         let name = options.name.clone();
         let round = match options.durable {
             true => self.define(definitions::queue_key(&self.name, &name), definitions::queue_value(id, &options)),
             false => 0,
         };
-        let queue = Queue::new(options, id, self.store.clone(), self.budget.clone());
+        let queue = Queue::new(options, traits, rules, id, self.environment.clone());
         topology.add_queue(name, queue.clone());
         self.changed();
         tracing::info!(vhost = %self.name, queue = %queue.options.name, durable = queue.options.durable, "queue declared");
@@ -324,11 +329,11 @@ impl Vhost {
         let mut round = self.forget(&removed);
         self.changed();
         if queue.options.durable {
-            round = round.max(self.store.delete_definition(definitions::queue_key(&self.name, name)));
+            round = round.max(self.environment.store.delete_definition(definitions::queue_key(&self.name, name)));
         }
-        if in_store {
+        for log in in_store {
             // Also of a transient queue, some of which was paged out; nobody waits for that.
-            let deleted = self.store.delete_queue(queue.id);
+            let deleted = self.environment.store.delete_queue(log);
             if queue.options.durable {
                 round = round.max(deleted);
             }
@@ -363,6 +368,50 @@ impl Vhost {
         Ok(())
     }
 
+    fn rules_of(&self, options: &QueueOptions) -> super::rules::QueueRules {
+        super::rules::QueueRules::tmp(&options.arguments)
+    }
+
+    // Dead letters
+
+    /// Publishes a dead letter through its exchange, to every queue in which it did not die before. An exchange that is
+    /// missing, or leads nowhere, drops it.
+    pub(super) fn publish_dead_letter(&self, exchange: &str, letter: &Message<'_>, effects: &mut Effects) {
+        let keys = letter.routing_keys();
+        let headers = Properties::parse(letter.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
+        let mut route = Route::default();
+        if self.topology.read().route(exchange, &keys, Some(&headers), &mut route).is_err() {
+            tracing::debug!(vhost = %self.name, exchange, "dead-letter exchange is missing; the message is dropped");
+            return;
+        }
+        for queue in &route.queues {
+            if dead_letter::is_cycle(letter, &queue.options.name) {
+                tracing::warn!(vhost = %self.name, queue = %queue.options.name, "a dead letter has gone in a circle and is dropped");
+                continue;
+            }
+            queue.publish(std::slice::from_ref(letter), effects);
+        }
+    }
+
+    /// Makes sure that the queue is there which keeps messages that failed too often; answers whether it was made now.
+    ///
+    /// # Errors
+    /// When such a queue cannot be made.
+    pub(super) fn declare_parking_queue(&self, name: &str) -> Result<bool, BrokerError> {
+        if self.queue(name).is_some() {
+            return Ok(false);
+        }
+        let options = QueueOptions {
+            name: name.into(),
+            vhost: self.name.clone(),
+            durable: true,
+            auto_delete: false,
+            exclusive_to: None,
+            arguments: FieldTable::default(),
+        };
+        Ok(self.declare_queue(options, ConnectionId(0), true)?.created)
+    }
+
     // Recovery
 
     /// Puts a definition from the store back; `false` for a binding whose ends are gone.
@@ -370,13 +419,19 @@ impl Vhost {
         self.topology.write().insert_exchange(exchange);
     }
 
-    pub(super) fn restore_queue(&self, id: QueueId, options: QueueOptions, record: Option<QueueStateRecord>) {
+    pub(super) fn restore_queue(
+        &self,
+        id: QueueId,
+        options: QueueOptions,
+        states: &mut AHashMap<QueueId, QueueStateRecord>,
+    ) {
         let name = options.name.clone();
-        let (store, budget) = (self.store.clone(), self.budget.clone());
-        let queue = match record {
-            Some(record) => Queue::recovered(options, id, store, budget, record),
-            None => Queue::new(options, id, store, budget),
-        };
+        let traits = QueueTraits::of(&options.arguments);
+        let rules = self.rules_of(&options);
+        let records: Vec<_> = (0..=traits.max_priority)
+            .filter_map(|level| Some((level, states.remove(&QueueId(id.0 + u64::from(level)))?)))
+            .collect();
+        let queue = Queue::recovered(options, traits, rules, id, self.environment.clone(), &records);
         self.topology.write().add_queue(name, queue);
     }
 

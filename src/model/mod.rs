@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 pub mod arguments;
 pub mod erlang;
+pub mod headers;
 pub mod properties;
 
 /// The name of an exchange, queue, vhost or user; cheap to clone.

@@ -3,6 +3,8 @@
 use amq_protocol::types::{AMQPValue, FieldTable, parsing::parse_field_table};
 
 /// Flag bits, highest first in the order of the list (specification section 4.2.6.1); the ones not named are short strings.
+const CONTENT_TYPE: u16 = 1 << 15;
+const CONTENT_ENCODING: u16 = 1 << 14;
 const HEADERS: u16 = 1 << 13;
 const DELIVERY_MODE: u16 = 1 << 12;
 const PRIORITY: u16 = 1 << 11;
@@ -130,9 +132,46 @@ impl<'a> Properties<'a> {
         self.user_id
     }
 
+    /// Appends the properties to `out` with the header table that `write_table` appends (with its length) when it is given
+    /// the present one; without `expiration` unless it is to be kept.
+    pub fn write_with_headers(
+        &self,
+        out: &mut Vec<u8>,
+        keep_expiration: bool,
+        write_table: impl FnOnce(Option<&'a [u8]>, &mut Vec<u8>),
+    ) {
+        let Some(flags) = self.raw.first_chunk::<2>() else { return };
+        let flags = u16::from_be_bytes(*flags);
+        let mut table_at = 2;
+        for bit in [CONTENT_TYPE, CONTENT_ENCODING] {
+            if flags & bit != 0 {
+                table_at += 1 + self.raw[table_at] as usize;
+            }
+        }
+        let after_table = table_at + self.headers.map_or(0, <[u8]>::len);
+        let expiration = if keep_expiration { None } else { self.expiration };
+        let flags = (flags | HEADERS) & if expiration.is_some() { !EXPIRATION } else { u16::MAX };
+        out.extend_from_slice(&flags.to_be_bytes());
+        out.extend_from_slice(&self.raw[2..table_at]);
+        write_table(self.headers, out);
+        match expiration {
+            None => out.extend_from_slice(&self.raw[after_table..]),
+            Some(text) => {
+                let text_at = self.offset_of(text);
+                out.extend_from_slice(&self.raw[after_table..text_at - 1]);
+                out.extend_from_slice(&self.raw[text_at + text.len()..]);
+            }
+        }
+    }
+
+    /// Where `part` (one of the views of this struct) begins in the raw bytes.
+    fn offset_of(&self, part: &'a [u8]) -> usize {
+        part.as_ptr() as usize - self.raw.as_ptr() as usize
+    }
+
     /// The property bytes with `part` (one of the views of this struct) replaced by `new`, lengths included by the caller.
     fn replaced(&self, part: &'a [u8], before: usize, new: &[u8]) -> Vec<u8> {
-        let start = part.as_ptr() as usize - self.raw.as_ptr() as usize - before;
+        let start = self.offset_of(part) - before;
         let mut out = Vec::with_capacity(self.raw.len() + new.len());
         out.extend_from_slice(&self.raw[..start]);
         out.extend_from_slice(new);
@@ -172,10 +211,34 @@ impl<'a> Properties<'a> {
 }
 
 /// One entry of a raw table: its key, type tag and all its bytes.
+#[derive(Clone, Copy, Debug)]
 pub struct RawEntry<'a> {
     pub key: &'a [u8],
     pub tag: u8,
     pub bytes: &'a [u8],
+}
+
+impl<'a> RawEntry<'a> {
+    /// What follows the type tag.
+    #[inline]
+    pub fn value(&self) -> &'a [u8] {
+        &self.bytes[2 + self.key.len()..]
+    }
+
+    /// The value of an integer of whatever width.
+    pub fn integer(&self) -> Option<i64> {
+        let value = self.value();
+        Some(match self.tag {
+            b'b' => i64::from(*value.first()? as i8),
+            b'B' => i64::from(*value.first()?),
+            b's' | b'U' => i64::from(i16::from_be_bytes(*value.first_chunk()?)),
+            b'u' => i64::from(u16::from_be_bytes(*value.first_chunk()?)),
+            b'I' => i64::from(i32::from_be_bytes(*value.first_chunk()?)),
+            b'i' => i64::from(u32::from_be_bytes(*value.first_chunk()?)),
+            b'l' | b'L' => i64::from_be_bytes(*value.first_chunk()?),
+            _ => return None,
+        })
+    }
 }
 
 /// The top-level entries of a raw table (with its length), up to the first malformed one.
@@ -185,22 +248,41 @@ pub fn raw_entries(table: &[u8]) -> impl Iterator<Item = RawEntry<'_>> {
         let (&key_len, after) = rest.split_first()?;
         let (key, after) = after.split_at_checked(key_len as usize)?;
         let (&tag, value) = after.split_first()?;
-        let width = match tag {
-            b't' | b'b' | b'B' => 1,
-            b's' | b'u' | b'U' => 2,
-            b'I' | b'i' | b'f' => 4,
-            b'l' | b'L' | b'd' | b'T' => 8,
-            b'D' => 5,
-            b'V' => 0,
-            b'S' | b'x' | b'F' | b'A' => 4 + u32::from_be_bytes(*value.first_chunk::<4>()?) as usize,
-            _ => return None,
-        };
-        if value.len() < width {
-            return None;
-        }
-        let (bytes, tail) = rest.split_at(2 + key.len() + width);
+        let width = value_width(tag, value)?;
+        let (bytes, tail) = rest.split_at_checked(2 + key.len() + width)?;
         rest = tail;
         Some(RawEntry { key, tag, bytes })
+    })
+}
+
+/// The elements of a raw array (with its length) as type tag and value, up to the first malformed one.
+pub fn raw_elements(array: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    let mut rest = array.get(4..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        let (&tag, after) = rest.split_first()?;
+        let (value, tail) = after.split_at_checked(value_width(tag, after)?)?;
+        rest = tail;
+        Some((tag, value))
+    })
+}
+
+/// The first entry of a raw table with the key `name`, which is the one RabbitMQ goes by.
+pub fn raw_entry<'a>(table: &'a [u8], name: &[u8]) -> Option<RawEntry<'a>> {
+    raw_entries(table).find(|entry| entry.key == name)
+}
+
+/// How many bytes the value at the start of `value` has, as its tag and its own length say.
+#[inline]
+pub(super) fn value_width(tag: u8, value: &[u8]) -> Option<usize> {
+    Some(match tag {
+        b't' | b'b' | b'B' => 1,
+        b's' | b'u' | b'U' => 2,
+        b'I' | b'i' | b'f' => 4,
+        b'l' | b'L' | b'd' | b'T' => 8,
+        b'D' => 5,
+        b'V' => 0,
+        b'S' | b'x' | b'F' | b'A' => 4 + u32::from_be_bytes(*value.first_chunk::<4>()?) as usize,
+        _ => return None,
     })
 }
 

@@ -73,6 +73,12 @@ pub async fn serve(mut socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>)
     let id = shared.registry.next_id();
     let session = shared.context.session(id, peer.ip());
     let handle = shared.registry.add(id, session.outbox().clone());
+    let reader_of = Arc::downgrade(&handle);
+    handle.outbox.on_attention(Box::new(move || {
+        if let Some(handle) = reader_of.upgrade() {
+            handle.command(Command::Attend);
+        }
+    }));
     let (reader, writer) = socket.into_split();
     handle.outbox.wake_writer();
     let connection = Connection {
@@ -155,6 +161,10 @@ impl Connection {
                         continue;
                     }
                     Command::Drop(reason) => return End::Drop { later: false, reason: reason.into() },
+                    Command::Attend => {
+                        self.session.close_timed_out_channels();
+                        continue;
+                    }
                 },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     return End::Drop { later: false, reason: format!("timeout in phase {phase:?}") };

@@ -18,6 +18,8 @@ pub enum Command {
     Close(CloseReason),
     /// Close the socket.
     Drop(&'static str),
+    /// Look after channels that a consumer's timeout has ended.
+    Attend,
 }
 
 /// A connection as others see it.
@@ -38,7 +40,11 @@ pub struct Handle {
 impl Handle {
     /// Asks the reader for something; a second request replaces an unread first.
     pub fn command(&self, command: Command) {
-        *self.command.lock() = Some(command);
+        let mut waiting = self.command.lock();
+        if !matches!((&command, &*waiting), (Command::Attend, Some(_))) {
+            *waiting = Some(command);
+        }
+        drop(waiting);
         self.commanded.notify_one();
     }
 

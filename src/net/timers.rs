@@ -1,4 +1,4 @@
-//! One task for everything that recurs: heartbeats of all connections, paging, alarms.
+//! One task for everything that recurs (heartbeats of all connections, paging, alarms), and one for what is due at an instant.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -6,9 +6,11 @@ use std::{
 };
 
 use super::registry::{Command, Handle, Registry};
-use crate::{broker::Broker, wire::encode::HEARTBEAT_FRAME};
+use crate::{broker::Broker, clock, wire::encode::HEARTBEAT_FRAME};
 
 const TICK: Duration = Duration::from_millis(250);
+/// The wall clock may be set meanwhile, so nothing sleeps for longer.
+const LONGEST_PAUSE_MS: u64 = 1000;
 
 /// A connection's heartbeat clocks.
 #[derive(Debug)]
@@ -44,6 +46,22 @@ pub async fn keep_time(registry: Arc<Registry>, broker: Arc<Broker>) {
             beat(&handle, now);
         }
         broker.sweep();
+    }
+}
+
+/// Has queues do what is due by the wall clock, when it is due. Runs until it is aborted.
+pub async fn keep_deadlines(broker: Arc<Broker>) {
+    loop {
+        let next = broker.fire_timers();
+        let pause = Duration::from_millis(next.saturating_sub(clock::now_unix_ms()).min(LONGEST_PAUSE_MS));
+        if pause.is_zero() {
+            tokio::task::yield_now().await;
+            continue;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = broker.timers_changed() => {}
+        }
     }
 }
 

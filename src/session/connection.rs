@@ -412,6 +412,20 @@ impl Session {
         }
     }
 
+    /// Closes the channels on which a consumer did not settle in time, as RabbitMQ does with clients that cannot be told of a
+    /// cancelled consumer.
+    pub fn close_timed_out_channels(&mut self) {
+        for number in self.outbox.take_timed_out() {
+            if self.channels.get(number).is_some_and(|channel| channel.state == ChannelState::Open) {
+                let text = format!(
+                    "delivery acknowledgement on channel {number} timed out. Timeout value used: -1 ms. This timeout value can be configured, see consumers doc guide to learn more"
+                );
+                let _ = self.fail(number, Fault::new(406, text));
+            }
+        }
+        self.outbox.wake_writer();
+    }
+
     /// Whether faults are not told to the peer yet: before it has logged in, all but the refusal itself.
     fn is_silent(&self) -> bool {
         self.phase == Phase::AwaitStartOk && self.framing_lost || self.phase == Phase::AwaitTuneOk
@@ -443,8 +457,8 @@ impl Session {
         for (queue, consumer) in remains.consumers {
             queue.cancel(consumer, &mut self.effects);
         }
-        for (queue, deliveries) in remains.unacked {
-            queue.settle(None, &deliveries, Settlement::Requeue, &mut self.effects);
+        for (queue, consumer, deliveries) in remains.unacked {
+            queue.settle(consumer, &deliveries, Settlement::Failed, &mut self.effects);
         }
         self.carry_out();
     }

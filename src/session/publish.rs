@@ -16,9 +16,12 @@ use super::{
 use crate::{
     auth::{Access, Resource},
     broker::{
-        Body, BrokerError, Effects, Message, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES,
-        Vhost, encode_names, router::TopologyError,
+        Body, BrokerError, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route,
+        SHARED_BODY_BYTES, Vhost, encode_names,
+        extension::{Extension, ExtensionBytes, encode_keys},
+        router::TopologyError,
     },
+    clock,
     model::{
         arguments::{as_longstr, type_name},
         erlang,
@@ -65,10 +68,17 @@ impl Session {
             return Ok(None); // returns and their order belong to the careful path
         }
         self.published = true;
-        if let Mode::Confirm { published } = &mut channel.mode {
+        let failed = self.broker.store_failure().is_some();
+        if route.iter().any(|queue| queue.may_reject()) {
+            for message in &run {
+                self.deliver_one(number, &route, message, failed)?;
+            }
+            return Ok(Some(used));
+        }
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
             *published += run.len() as u64;
         }
-        match deliver(&route, &run, self.broker.store_failure().is_some(), &mut self.effects) {
+        match deliver(&route, &run, failed, &mut self.effects) {
             Ok(round) => self.confirm(number, round),
             Err(StoreFailed) => self.refuse(number)?,
         }
@@ -79,6 +89,33 @@ impl Session {
         if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get(number) {
             self.outbox.confirm(number, *published, round);
         }
+    }
+
+    /// Hands one message to its queues, some of which may refuse it, and confirms or nacks it.
+    fn deliver_one(
+        &mut self,
+        number: u16,
+        route: &CachedRoute,
+        message: &Message<'_>,
+        store_failed: bool,
+    ) -> Result<(), Fault> {
+        let confirms = match self.channels.get_mut(number) {
+            Some(Channel { mode: Mode::Confirm { published }, .. }) => {
+                *published += 1;
+                Some(*published)
+            }
+            _ => None,
+        };
+        if store_failed && message.persistent && route.iter().any(|queue| queue.options.durable) {
+            return self.refuse(number);
+        }
+        match (offer(route, message, &mut self.effects), confirms) {
+            (Outcome::Accepted(round), _) => self.confirm(number, round),
+            // Without confirms the publisher is not told, as in RabbitMQ.
+            (Outcome::Rejected, Some(published)) => self.outbox.refuse(number, published),
+            (Outcome::Rejected, None) => {}
+        }
+        Ok(())
     }
 
     /// Nacks what the store does not take; a publisher that asked for no confirms is told by the end of its connection.
@@ -159,7 +196,7 @@ impl Session {
             properties: properties.raw(),
             body,
             persistent: properties.is_persistent(),
-            extension: &[],
+            extension: &adjusted.extension,
         };
         if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
             return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
@@ -214,10 +251,12 @@ impl Session {
                 transaction.publish(TxPublish::new(route, message, mandatory));
                 return Ok(());
             }
-            Mode::Confirm { published } => *published += 1,
-            Mode::Plain => {}
+            Mode::Confirm { .. } | Mode::Plain => {}
         }
         if route.is_empty() {
+            if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
+                *published += 1;
+            }
             if mandatory {
                 self.outbox.return_message(number, message);
                 self.check_clogged();
@@ -225,11 +264,8 @@ impl Session {
             self.confirm(number, 0);
             return Ok(());
         }
-        match deliver(&route, std::slice::from_ref(message), self.broker.store_failure().is_some(), &mut self.effects) {
-            Ok(round) => self.confirm(number, round),
-            Err(StoreFailed) => self.refuse(number)?,
-        }
-        Ok(())
+        let failed = self.broker.store_failure().is_some();
+        self.deliver_one(number, &route, message, failed)
     }
 
     /// A message to a generated reply-to name goes straight to the requester.
@@ -251,7 +287,13 @@ impl Session {
 
     /// Checks the properties the broker acts on, and changes those it has to change.
     fn adjust<'a>(&self, number: u16, view: &Properties<'a>) -> Result<Adjusted<'a>, Fault> {
-        let mut adjusted = Adjusted { properties: Cow::Borrowed(view.raw()), extra_keys: Vec::new() };
+        let mut adjusted = Adjusted {
+            properties: Cow::Borrowed(view.raw()),
+            extra_keys: Vec::new(),
+            extension: ExtensionBytes::new(),
+        };
+        let mut extension = Extension::default();
+        let hidden_keys;
         if !Properties::needs_attention(view.raw()) {
             return Ok(adjusted);
         }
@@ -263,6 +305,7 @@ impl Session {
         if let Some(expiration) = view.expiration() {
             let plain = check_expiration(expiration)
                 .map_err(|error| fault(406, format!("invalid expiration '{}': {error}", erlang::text(expiration))))?;
+            extension.expires_unix_ms = plain.parse().ok().map(|ms: u64| clock::now_unix_ms().saturating_add(ms));
             if plain.as_bytes() != expiration {
                 let changed = reparse(&adjusted.properties)?.with_expiration(plain.as_bytes());
                 adjusted.properties = Cow::Owned(changed);
@@ -273,7 +316,11 @@ impl Session {
         let (cc, bcc) = (named(b"CC"), named(b"BCC"));
         if cc || bcc {
             let headers = view.headers().ok_or_else(Fault::internal)?;
-            adjusted.extra_keys = sender_selected_keys(&headers)?;
+            adjusted.extra_keys = sender_selected_keys(&headers, "CC")?;
+            let hidden = sender_selected_keys(&headers, "BCC")?;
+            hidden_keys = encode_keys(hidden.iter().map(Vec::as_slice));
+            extension.hidden_keys = &hidden_keys;
+            adjusted.extra_keys.extend(hidden);
             if bcc {
                 let stripped = reparse(&adjusted.properties)?.without_header(b"BCC");
                 adjusted.properties = Cow::Owned(stripped);
@@ -290,6 +337,7 @@ impl Session {
                 return Err(fault(406, text));
             }
         }
+        adjusted.extension = extension.encode();
         Ok(adjusted)
     }
 }
@@ -419,21 +467,34 @@ pub(super) fn deliver(
     Ok(route.iter().map(|queue| queue.publish(messages, effects)).max().unwrap_or(0))
 }
 
+/// Offers a message to every queue of a route; rejected if one of them refuses it.
+fn offer(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+    let mut answer = Outcome::Accepted(0);
+    for queue in route.iter() {
+        answer = match (queue.offer(message, effects), answer) {
+            (Outcome::Accepted(round), Outcome::Accepted(others)) => Outcome::Accepted(round.max(others)),
+            _ => Outcome::Rejected,
+        };
+    }
+    answer
+}
+
 /// What [`Session::adjust`] made of the properties.
 struct Adjusted<'a> {
     properties: Cow<'a, [u8]>,
     /// CC and BCC.
     extra_keys: Vec<Vec<u8>>,
+    extension: ExtensionBytes,
 }
 
 fn reparse(raw: &[u8]) -> Result<Properties<'_>, Fault> {
     Properties::parse(raw).map_err(|_| Fault::internal())
 }
 
-/// The keys of `CC` and `BCC`: their long strings; elements of other types are ignored, as in RabbitMQ.
-fn sender_selected_keys(headers: &FieldTable) -> Result<Vec<Vec<u8>>, Fault> {
+/// The keys of `CC` or `BCC`: its long strings; elements of other types are ignored, as in RabbitMQ.
+fn sender_selected_keys(headers: &FieldTable, name: &str) -> Result<Vec<Vec<u8>>, Fault> {
     let mut keys = Vec::new();
-    for name in ["CC", "BCC"] {
+    {
         match properties::header(headers, name) {
             None => {}
             Some(AMQPValue::FieldArray(array)) => {

@@ -11,17 +11,20 @@ use crate::{
     broker::{Round, Settlement},
     wire::{
         self, Scan, frame,
-        hot::{SettleView, method_id},
+        hot::{BASIC_REJECT, SettleView, method_id},
     },
 };
 
 /// Settling methods handled under one lock.
 const RUN_METHODS: usize = 1024;
 
-fn settlement(view: &SettleView) -> Settlement {
+fn settlement(view: &SettleView, method: u32) -> Settlement {
     match view.requeue {
-        Some(true) => Settlement::Requeue,
-        Some(false) | None => Settlement::Done,
+        None => Settlement::Acked,
+        Some(false) => Settlement::Rejected,
+        // As in RabbitMQ: only a reject says that the delivery has failed.
+        Some(true) if method == BASIC_REJECT => Settlement::Failed,
+        Some(true) => Settlement::Returned,
     }
 }
 
@@ -65,7 +68,7 @@ impl Session {
                         failure = Some(at(Fault::new(504, text)));
                     }
                     Ok(view) => {
-                        let how = settlement(&view);
+                        let how = settlement(&view, id);
                         if *run_kind.get_or_insert(how) != how {
                             break;
                         }
@@ -84,7 +87,7 @@ impl Session {
             }
         }
         self.settling = batch;
-        self.apply_settlements(run_kind.unwrap_or(Settlement::Done), false);
+        self.apply_settlements(run_kind.unwrap_or(Settlement::Acked), false);
         failure.map_or(Ok(()), Err)
     }
 

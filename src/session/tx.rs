@@ -1,7 +1,6 @@
 //! `tx`: publishes and settlements of a channel, held back until commit, then applied in one round.
 
 use amq_protocol::protocol::{AMQPClass, tx};
-use bytes::Bytes;
 
 use super::{
     channel::{CachedRoute, Channel, Mode},
@@ -10,37 +9,18 @@ use super::{
     publish::publish_to,
     unacked::Unacked,
 };
-use crate::broker::{Body, Message, Round, SHARED_BODY_BYTES, Settlement};
+use crate::broker::{Message, OwnedMessage, Round, Settlement};
 
 /// A publish that waits for its commit. It was routed when it was published, as in RabbitMQ.
 pub struct TxPublish {
     route: CachedRoute,
-    names: Vec<u8>,
-    properties: Vec<u8>,
-    body: Bytes,
-    persistent: bool,
+    message: OwnedMessage,
     mandatory: bool,
 }
 
 impl TxPublish {
     pub fn new(route: CachedRoute, message: &Message<'_>, mandatory: bool) -> Self {
-        TxPublish {
-            route,
-            names: message.names.to_vec(),
-            properties: message.properties.to_vec(),
-            body: match message.body {
-                Body::Inline(body) => Bytes::copy_from_slice(body),
-                Body::Shared(body) => body.clone(),
-            },
-            persistent: message.persistent,
-            mandatory,
-        }
-    }
-
-    fn message(&self) -> Message<'_> {
-        let body =
-            if self.body.len() < SHARED_BODY_BYTES { Body::Inline(&self.body) } else { Body::Shared(&self.body) };
-        Message { names: &self.names, properties: &self.properties, body, persistent: self.persistent, extension: &[] }
+        TxPublish { route, message: message.into(), mandatory }
     }
 }
 
@@ -104,7 +84,7 @@ impl Session {
 
     fn commit(&mut self, number: u16, transaction: Transaction) -> Result<Answer, Fault> {
         if let (Some(reason), true) =
-            (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.persistent))
+            (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.message.persistent))
         {
             tracing::warn!(reason, "transaction refused");
             return Err(Fault::new(406, "partial tx completion"));
@@ -113,8 +93,17 @@ impl Session {
         {
             let broker = self.broker.clone();
             let _one_round = broker.atomic();
+            // All or nothing: a queue that would refuse one of the messages is found before anything is done.
+            let refused =
+                |publish: &TxPublish| publish.route.iter().any(|queue| queue.would_reject(&publish.message.view()));
+            if transaction.publishes.iter().any(refused) {
+                for (_, taken) in transaction.settlements {
+                    self.outbox.restore_unacked(number, taken);
+                }
+                return Err(Fault::new(406, "partial tx completion"));
+            }
             for publish in &transaction.publishes {
-                let message = publish.message();
+                let message = publish.message.view();
                 if publish.route.is_empty() && publish.mandatory {
                     self.outbox.return_message(number, &message);
                 }
@@ -124,8 +113,11 @@ impl Session {
                 self.outbox.settle_taken(number, taken, &mut self.settling);
                 round = round.max(self.apply_settlements(*how, true));
             }
+            if transaction.settlements.iter().any(|(how, _)| *how == Settlement::Rejected) {
+                round = round.max(broker.open_round()); // the dead letters are in it
+            }
+            self.carry_out();
         }
-        self.carry_out();
         let answer = AMQPClass::Tx(tx::AMQPMethod::CommitOk(tx::CommitOk {}));
         Ok(Answer::After(round, Some(answer)))
     }

@@ -5,7 +5,7 @@ use std::{cell::RefCell, mem, sync::Arc};
 use bytes::Bytes;
 
 use super::record;
-use crate::broker::{memory::MemoryBudget, message::Message};
+use crate::broker::{extension, memory::MemoryBudget, message::Message};
 
 /// Bytes of records a chunk takes before the next one is begun.
 pub const CHUNK_BYTES: usize = 128 << 10;
@@ -43,6 +43,8 @@ pub struct Chunk {
     pub transient: u32,
     /// The transient records are in the store's pages.
     pub paged: bool,
+    /// No ready message in it expires before that (Unix milliseconds).
+    pub earliest_expiry_unix_ms: u64,
 }
 
 impl Chunk {
@@ -63,6 +65,7 @@ impl Chunk {
             live: 0,
             transient: 0,
             paged: false,
+            earliest_expiry_unix_ms: u64::MAX,
         };
         chunk.account();
         chunk
@@ -109,6 +112,9 @@ impl Chunk {
             self.shared.push((self.buffers.offsets.len() as u32, body.clone()));
             self.shared_bytes += body.len();
         }
+        if !message.extension.is_empty() {
+            self.note_expiry(message.extension);
+        }
         record::encode(&mut self.buffers.data, message, now_unix_ms);
         self.buffers.offsets.push(at);
         self.live += 1;
@@ -122,9 +128,8 @@ impl Chunk {
     /// Appends a record read back from the store at `seq`, which is not before [`Chunk::end`]; positions skipped are
     /// absent. Damaged records are skipped as well.
     pub fn append_record(&mut self, seq: u64, bytes: &[u8]) {
-        if record::decode(bytes, None).is_none() {
-            return;
-        }
+        let Some(message) = record::decode(bytes, None) else { return };
+        self.note_expiry(message.extension);
         self.cover(seq);
         let at = self.buffers.data.len() as u32;
         if let Some((kept, body)) = record::share_body(bytes) {
@@ -138,6 +143,36 @@ impl Chunk {
         self.live += 1;
         self.transient += u32::from(record::head(bytes).is_some_and(|head| !head.persistent));
         self.account();
+    }
+
+    fn note_expiry(&mut self, extension: &[u8]) {
+        let expires = extension::expires_unix_ms(extension).unwrap_or(u64::MAX);
+        self.earliest_expiry_unix_ms = self.earliest_expiry_unix_ms.min(expires);
+    }
+
+    /// Takes the message at `seq` into account, which has become ready again.
+    pub fn note_expiry_of(&mut self, seq: u64) {
+        let expires = self.message(seq).and_then(|message| extension::expires_unix_ms(message.extension));
+        self.earliest_expiry_unix_ms = self.earliest_expiry_unix_ms.min(expires.unwrap_or(u64::MAX));
+    }
+
+    /// Adds the positions to `found` whose messages are ready and have expired, until it holds `limit`, and finds out
+    /// when to look again.
+    pub fn expired(&mut self, now_unix_ms: u64, limit: usize, found: &mut Vec<u64>, is_ready: impl Fn(u64) -> bool) {
+        let mut earliest = u64::MAX;
+        for seq in self.first..self.end() {
+            let expires = self.message(seq).and_then(|message| extension::expires_unix_ms(message.extension));
+            let Some(expires) = expires.filter(|_| is_ready(seq)) else { continue };
+            if expires > now_unix_ms {
+                earliest = earliest.min(expires);
+            } else if found.len() < limit {
+                found.push(seq);
+            } else {
+                earliest = expires; // there is more: look again soon
+                break;
+            }
+        }
+        self.earliest_expiry_unix_ms = earliest;
     }
 
     /// Extends the chunk to `end` with absent positions.
@@ -219,6 +254,7 @@ impl Chunk {
         self.buffers.data.clear();
         self.buffers.offsets.clear();
         (self.live, self.transient, self.paged) = (0, 0, false);
+        self.earliest_expiry_unix_ms = u64::MAX;
         true
     }
 }

@@ -1,4 +1,5 @@
-//! The consumers of a queue and whose turn it is: the highest priority that can take something, round robin within it.
+//! The consumers of a queue and whose turn it is: the highest priority that can take something, round robin within it; or,
+//! with a single active consumer, that one alone.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -23,6 +24,8 @@ pub struct Consumer {
     pub priority: i64,
     /// Unacked deliveries it may hold; `None` is unlimited.
     pub prefetch: Option<std::num::NonZeroU16>,
+    /// How long it may hold a message unacked, in milliseconds; its own argument, where the queue's type has such a limit.
+    pub timeout_ms: Option<u64>,
     unacked: u32,
     serial: u32,
     blocked: bool,
@@ -46,6 +49,7 @@ impl Consumer {
             exclusive,
             priority,
             prefetch: std::num::NonZeroU16::new(prefetch),
+            timeout_ms: None,
             unacked: 0,
             serial: 0,
             blocked: false,
@@ -53,9 +57,19 @@ impl Consumer {
         }
     }
 
+    /// The same with a time in which it has to settle, in milliseconds; `None` leaves that to its queue.
+    pub fn with_timeout(self, timeout_ms: Option<u64>) -> Self {
+        Consumer { timeout_ms, ..self }
+    }
+
     #[inline]
     fn is_ready(&self) -> bool {
         !self.blocked && (self.no_ack || self.prefetch.is_none_or(|limit| self.unacked < u32::from(limit.get())))
+    }
+
+    /// Unacked deliveries it holds.
+    pub fn unacked(&self) -> u32 {
+        self.unacked
     }
 
     /// Counts a delivery; answers whether the consumer can take another.
@@ -68,9 +82,26 @@ impl Consumer {
     }
 }
 
+/// Who of several consumers gets messages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sharing {
+    /// All of them.
+    #[default]
+    Competing,
+    /// One, until it leaves (`x-single-active-consumer`). The next is the one of the highest priority, then the oldest.
+    SingleActive,
+    /// One, until it leaves or one of a higher priority comes and it has settled everything; as in quorum queues.
+    SingleActiveYielding,
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct ConsumerRing {
+    sharing: Sharing,
+    /// The single active one.
+    active: Option<u32>,
+    /// The active one gets no more, and goes once it has settled everything.
+    yielding: bool,
     consumers: Vec<Option<Consumer>>,
     free: Vec<u32>,
     /// Ready consumers by priority, highest first, in turn.
@@ -80,6 +111,11 @@ pub struct ConsumerRing {
 }
 
 impl ConsumerRing {
+    /// An empty ring.
+    pub fn new(sharing: Sharing) -> Self {
+        ConsumerRing { sharing, ..ConsumerRing::default() }
+    }
+
     /// Consumers in all.
     pub fn len(&self) -> usize {
         self.count
@@ -108,10 +144,39 @@ impl ConsumerRing {
         };
         self.consumers[index as usize] = Some(consumer);
         self.count += 1;
+        self.elect();
         self.queue_up(index);
         ConsumerId { index, serial: id_serial }
     }
 
+    /// Finds the single active consumer, or has the present one yield.
+    fn elect(&mut self) {
+        if self.sharing == Sharing::Competing {
+            return;
+        }
+        let rank = |consumer: &Consumer| (-i128::from(consumer.priority), consumer.serial);
+        let present = self.active.and_then(|index| self.consumers[index as usize].as_ref());
+        let best = (0u32..).zip(&self.consumers).filter_map(|(index, entry)| Some((index, entry.as_ref()?)));
+        let Some((best, consumer)) = best.min_by_key(|(_, consumer)| rank(consumer)) else {
+            (self.active, self.yielding) = (None, false);
+            return;
+        };
+        match present {
+            None => (self.active, self.yielding) = (Some(best), false),
+            Some(present) if self.sharing == Sharing::SingleActiveYielding && consumer.priority > present.priority => {
+                self.yielding = true;
+                if present.unacked == 0 {
+                    (self.active, self.yielding) = (Some(best), false);
+                }
+                self.levels.clear();
+                self.consumers.iter_mut().flatten().for_each(|consumer| consumer.in_turn = false);
+            }
+            Some(_) => {}
+        }
+        if let Some(active) = self.active {
+            self.queue_up(active);
+        }
+    }
     /// Takes a consumer out; `None` when it is gone already.
     pub fn remove(&mut self, id: ConsumerId) -> Option<Consumer> {
         self.get_mut(id)?;
@@ -124,17 +189,26 @@ impl ConsumerRing {
         }
         self.free.push(id.index);
         self.count -= 1;
+        if self.active == Some(id.index) {
+            self.active = None;
+            self.elect();
+        }
         Some(consumer)
+    }
+
+    /// The consumer of an id; `None` when it is gone.
+    pub fn get(&self, id: ConsumerId) -> Option<&Consumer> {
+        self.consumers.get(id.index as usize)?.as_ref().filter(|consumer| consumer.serial == id.serial)
     }
 
     /// Takes all consumers out.
     pub fn take_all(&mut self) -> Vec<Consumer> {
         let all = std::mem::take(&mut self.consumers).into_iter().flatten().collect();
-        *self = ConsumerRing { next_serial: self.next_serial, ..ConsumerRing::default() };
+        *self = ConsumerRing { next_serial: self.next_serial, sharing: self.sharing, ..ConsumerRing::default() };
         all
     }
 
-    fn get_mut(&mut self, id: ConsumerId) -> Option<&mut Consumer> {
+    pub fn get_mut(&mut self, id: ConsumerId) -> Option<&mut Consumer> {
         self.consumers.get_mut(id.index as usize)?.as_mut().filter(|consumer| consumer.serial == id.serial)
     }
 
@@ -145,6 +219,9 @@ impl ConsumerRing {
         if consumer.in_turn || !consumer.is_ready() {
             return;
         }
+        if self.sharing != Sharing::Competing && (self.active != Some(index) || self.yielding) {
+            return;
+        }
         consumer.in_turn = true;
         let priority = consumer.priority;
         let at = self.levels.iter().position(|(level, _)| *level <= priority).unwrap_or(self.levels.len());
@@ -152,6 +229,46 @@ impl ConsumerRing {
             self.levels.insert(at, (priority, VecDeque::new()));
         }
         self.levels[at].1.push_back(index);
+    }
+
+    /// The id of the next consumer that can take something.
+    pub fn next_id(&mut self) -> Option<ConsumerId> {
+        while let Some(id) = self.current_id() {
+            if self.can_take(id) {
+                return Some(id);
+            }
+            self.end_turn();
+        }
+        None
+    }
+
+    /// Whether a consumer can take a delivery now.
+    pub fn can_take(&self, id: ConsumerId) -> bool {
+        self.get(id).is_some_and(Consumer::is_ready)
+            && (self.sharing == Sharing::Competing || self.active == Some(id.index) && !self.yielding)
+    }
+
+    /// Ends the turn of a consumer that was given something, if it was its turn.
+    pub fn end_turn_of(&mut self, id: ConsumerId) {
+        if self.current_id() == Some(id) {
+            self.end_turn();
+        }
+    }
+
+    /// Keeps a consumer out until [`ConsumerRing::unblock`].
+    pub fn block(&mut self, id: ConsumerId) {
+        if let Some(consumer) = self.get_mut(id) {
+            consumer.blocked = true;
+        }
+        self.end_turn_of(id);
+    }
+
+    /// The id of the consumer whose turn it is.
+    #[inline]
+    pub fn current_id(&self) -> Option<ConsumerId> {
+        let &index = self.levels.first()?.1.front()?;
+        let serial = self.consumers[index as usize].as_ref()?.serial;
+        Some(ConsumerId { index, serial })
     }
 
     /// The consumer whose turn it is, and whether it is the only one that can take anything.
@@ -202,9 +319,12 @@ impl ConsumerRing {
     /// Gives back the credit of `count` settled deliveries; nothing for a consumer that is gone.
     #[inline]
     pub fn settled(&mut self, id: ConsumerId, count: u32) {
+        let yielding = self.yielding;
         if let Some(consumer) = self.get_mut(id) {
             consumer.unacked = consumer.unacked.saturating_sub(count);
-            if !consumer.in_turn {
+            if yielding {
+                self.elect();
+            } else if !consumer.in_turn {
                 self.queue_up(id.index);
             }
         }

@@ -6,56 +6,72 @@ use parking_lot::MutexGuard;
 
 use super::{
     Queue,
+    attempts::Attempts,
     chunk::{CHUNK_BYTES, Chunk},
     state::QueueState,
 };
 use crate::{
     broker::port::Effects,
-    store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
+    clock,
+    store::{QueueId, Round, RoundBuilder, RoundSource},
 };
 
-/// Body bytes consumed within a segment that are worth a delete of their own.
-const DELETE_BYTES: u64 = 16 << 20;
 /// Positions read from the store in one go.
 const READ_RECORDS: u64 = 16 << 10;
 /// Bytes in memory for which the sweep asks a queue to page out.
 const MIN_EVICTION_BYTES: usize = 16 << 10;
-/// Bytes of transient records paged out in one round.
-const PAGE_OUT_BYTES: usize = 32 << 20;
 
 impl Queue {
     /// Locks the state; the first use of a recovered queue reads its consumed positions.
+    #[inline]
     pub(super) fn open(&self) -> MutexGuard<'_, QueueState> {
         let mut state = self.state.lock();
-        if let Some(record) = state.unopened {
-            let consumed = self.store.read_consumed(self.id).unwrap_or_else(|error| {
-                tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, %error, "consumed positions cannot be read; messages may be delivered again");
-                Vec::new()
-            });
-            state.opened(self.budget.clone(), record, &consumed);
+        if state.lanes.iter().any(|lane| lane.unopened.is_some()) {
+            self.open_recovered(&mut state);
         }
         state
     }
 
+    #[cold]
+    fn open_recovered(&self, state: &mut QueueState) {
+        let environment = &self.environment;
+        for lane in state.lanes.iter_mut() {
+            let Some(record) = lane.unopened else { continue };
+            let consumed = environment.store.read_consumed(lane.id).unwrap_or_else(|error| {
+                tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, %error, "consumed positions cannot be read; messages may be delivered again");
+                Vec::new()
+            });
+            lane.opened(environment.budget.clone(), record, &consumed);
+        }
+        if std::mem::take(&mut state.attempts_unread) {
+            state.attempts = Attempts::recover(self.id, &environment.store).unwrap_or_else(|error| {
+                tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, %error, "counts of failed deliveries cannot be read; they start anew");
+                Attempts::default()
+            });
+            state.hold_waiting();
+        }
+    }
+
     /// Puts the queue on the store's list; answers the round that takes its present changes.
     pub(super) fn mark_dirty(self: &Arc<Self>, state: &mut QueueState) -> Round {
-        *state.dirty.get_or_insert_with(|| self.store.mark_dirty(self.clone()))
+        *state.dirty.get_or_insert_with(|| self.environment.store.mark_dirty(self.clone()))
     }
 
     /// Has consumption of stored messages written, in a round nobody waits for.
-    pub(super) fn note_consumption(self: &Arc<Self>, state: &mut QueueState) {
+    pub(super) fn note_changes(self: &Arc<Self>, state: &mut QueueState) {
         if state.has_news() {
             self.mark_dirty(state);
         }
-        if let Some(seq) = state.log.read_ahead() {
-            self.request_load(state, seq);
+        let ahead = state.lanes.iter().find_map(|lane| lane.log.read_ahead().map(|seq| (lane.level, seq)));
+        if let Some((level, seq)) = ahead {
+            self.request_load(state, level, seq);
         }
     }
 
     /// Makes the present consumption part of a round and answers it; 0 when nothing of it is stored. For transactions.
     pub fn settle_round(self: &Arc<Self>) -> Round {
         let mut state = self.open();
-        if state.dirty.is_some() || (state.consumption_unwritten && state.in_store && !state.deleted) {
+        if state.dirty.is_some() || state.has_news() {
             return self.mark_dirty(&mut state);
         }
         0
@@ -64,52 +80,64 @@ impl Queue {
     /// Asks for a round when the queue holds memory others need. Called by the sweep.
     pub fn offer_eviction(self: &Arc<Self>) {
         let mut state = self.state.lock();
-        if state.log.resident_bytes() > MIN_EVICTION_BYTES && !state.deleted {
+        let resident: usize = state.lanes.iter().map(|lane| lane.log.resident_bytes()).sum();
+        if resident > MIN_EVICTION_BYTES && !state.deleted {
             self.mark_dirty(&mut state);
         }
     }
 
-    /// Has the store's reader thread bring the chunk at `seq`, and deliveries continue.
-    pub(super) fn request_load(self: &Arc<Self>, state: &mut QueueState, seq: u64) {
-        if std::mem::replace(&mut state.loading, true) {
+    /// Has the store's reader thread bring the chunk at `seq` of a level, and deliveries continue.
+    pub(super) fn request_load(self: &Arc<Self>, state: &mut QueueState, level: u8, seq: u64) {
+        let lane = state.lanes.at_level(level);
+        if std::mem::replace(&mut lane.loading, true) {
             return;
         }
-        let until = state.log.resident_after(seq).min(seq + READ_RECORDS);
+        let (id, until) = (lane.id, lane.log.resident_after(seq).min(seq + READ_RECORDS));
         let queue = self.clone();
-        self.store.spawn_read(Box::new(move || {
-            let chunk = queue.read_chunk(seq, until);
+        self.environment.store.spawn_read(Box::new(move || {
+            let chunk = queue.read_chunk(id, seq, until);
             let mut effects = Effects::default();
+            let store = queue.environment.store.clone();
+            let _one_round = store.atomic();
             {
                 let mut state = queue.open();
-                state.loading = false;
-                let Some(chunk) = chunk else { return };
                 if state.deleted {
                     return;
                 }
-                state.log.install(chunk);
-                queue.deliver_locked(&mut state, &mut effects);
+                let lane = state.lanes.at_level(level);
+                lane.loading = false;
+                let Some(chunk) = chunk else { return };
+                lane.log.install(chunk);
+                let now = clock::now_unix_ms();
+                queue.deliver_locked(&mut state, now, &mut effects);
+                queue.drop_expired(&mut state, now, &mut effects);
+                queue.note_changes(&mut state);
+                state.find_next_deadline(now);
+                queue.schedule(&mut state);
             }
-            effects.deliver_and_wake();
+            queue.environment.carry_out(&mut effects);
         }));
     }
 
-    /// Reads the chunk at `seq` while the queue stays locked; `false` when it cannot be read.
-    pub(super) fn load_now(&self, state: &mut QueueState, seq: u64) -> bool {
-        let until = state.log.resident_after(seq).min(seq + READ_RECORDS);
-        match self.read_chunk(seq, until) {
+    /// Reads the chunk at `seq` of a level while the queue stays locked; `false` when it cannot be read.
+    pub(super) fn load_now(&self, state: &mut QueueState, level: u8, seq: u64) -> bool {
+        let lane = state.lanes.at_level(level);
+        let until = lane.log.resident_after(seq).min(seq + READ_RECORDS);
+        match self.read_chunk(lane.id, seq, until) {
             Some(chunk) => {
-                state.log.install(chunk);
-                state.log.is_resident(seq)
+                lane.log.install(chunk);
+                lane.log.is_resident(seq)
             }
             None => false,
         }
     }
 
-    fn read_chunk(&self, seq: u64, until: u64) -> Option<Chunk> {
-        let mut chunk = Chunk::new(seq, CHUNK_BYTES, self.budget.clone());
+    fn read_chunk(&self, id: QueueId, seq: u64, until: u64) -> Option<Chunk> {
+        let mut chunk = Chunk::new(seq, CHUNK_BYTES, self.environment.budget.clone());
         let read = self
+            .environment
             .store
-            .read_records(self.id, seq, until, CHUNK_BYTES, &mut |at, record| chunk.append_record(at, record));
+            .read_records(id, seq, until, CHUNK_BYTES, &mut |at, record| chunk.append_record(at, record));
         match read {
             Ok(end) => {
                 chunk.cover(if end > seq { end } else { until });
@@ -122,30 +150,47 @@ impl Queue {
         }
     }
 
-    fn drain_consumption(&self, state: &mut QueueState, round: &mut RoundBuilder) {
-        let head = state.log.head();
-        let head_segment = head / SEGMENT_RECORDS;
-        let dirty = std::mem::take(&mut state.dirty_segments);
-        for segment in dirty.within(head_segment, u64::MAX).flat_map(|(start, end)| start..end) {
-            let (start, end) = (segment * SEGMENT_RECORDS, (segment + 1) * SEGMENT_RECORDS);
-            let ranges: Vec<(u64, u64)> = state.log.consumed().within(start.max(head), end).collect();
-            if ranges == [(start, end)] {
-                round.delete_segments(self.id, segment, segment + 1);
+    /// Reads a message that is held, from memory or from the store. Nothing is locked by the caller.
+    pub fn read_held(&self, position: u64) -> Option<super::super::OwnedMessage> {
+        let (id, seq) = {
+            let mut state = self.open();
+            let (lane, seq) = state.lanes.find(position)?;
+            if let Some(message) = lane.log.message(seq) {
+                return Some((&message).into());
             }
-            if !ranges.is_empty() {
-                round.put_consumed(self.id, segment, &ranges);
+            (lane.id, seq)
+        };
+        let mut found = None;
+        let read = self.environment.store.read_records(id, seq, seq + 1, 1, &mut |_, record| {
+            found = super::record::decode(record, None).as_ref().map(super::super::OwnedMessage::from);
+        });
+        if let Err(error) = read {
+            tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, position = seq, %error, "a message cannot be read");
+        }
+        found
+    }
+}
+
+impl QueueState {
+    /// Takes messages that wait for their next attempt out of the ready ones, where a restart has put them.
+    fn hold_waiting(&mut self) {
+        let waiting: Vec<(u64, u32)> = self.attempts.waiting().collect();
+        for (position, body_bytes) in waiting {
+            let Some((lane, seq)) = self.lanes.find(position) else { continue };
+            if lane.log.is_returned(seq) {
+                lane.take_out(seq, body_bytes.into(), true);
+            } else {
+                self.attempts.forget(position);
             }
         }
-        if let Some((from, until)) = state.segments_to_delete() {
-            round.delete_segments(self.id, from, until);
-            state.deleted_segments = until;
-        }
-        if state.consumed_bytes >= DELETE_BYTES {
-            // Large messages: the head's segment may take gigabytes to fill, so what is consumed of it goes before.
-            round.delete_records(self.id, head_segment * SEGMENT_RECORDS, head);
-            state.consumed_bytes = 0;
-        }
-        state.consumption_unwritten = false;
+        self.wake_at_unix_ms = self.wake_at_unix_ms.min(self.attempts.next_due_unix_ms());
+    }
+
+    /// Whether the record at a position is one that survives a restart. Asked of messages that wait, whose record is
+    /// either in memory or, being stored, not.
+    pub(super) fn is_stored(&mut self, position: u64) -> bool {
+        let Some((lane, seq)) = self.lanes.find(position) else { return false };
+        lane.log.message(seq).is_none_or(|message| message.persistent)
     }
 }
 
@@ -157,29 +202,17 @@ impl RoundSource for Queue {
         if state.deleted {
             return;
         }
-        if self.options.durable && state.unwritten_durable > 0 {
-            state.in_store = true;
-            let id = self.id;
-            state.log.for_each_durable(state.written_to, &mut state.scratch, &mut |seq, record| {
-                round.append(id, seq, record)
-            });
-            state.unwritten_durable = 0;
+        for lane in state.lanes.iter_mut() {
+            lane.drain(round, self.options.durable, &mut state.scratch);
         }
-        state.written_to = state.log.tail();
-        if state.in_store {
-            self.drain_consumption(state, round);
-            if self.options.durable {
-                round.put_state(self.id, &state.record());
-                state.delivered_written = state.log.next();
+        match self.options.durable {
+            true => state.attempts.drain(self.id, round),
+            false => state.attempts.discard_changes(),
+        }
+        if self.environment.budget.is_over() {
+            for lane in state.lanes.iter_mut() {
+                lane.page_out(round, &mut state.scratch);
             }
-        }
-        if self.budget.is_over() {
-            let id = self.id;
-            let in_store = &mut state.in_store;
-            state.log.page_out(state.committed_to, PAGE_OUT_BYTES, &mut state.scratch, &mut |seq, record| {
-                *in_store = true;
-                round.page_out(id, seq, record);
-            });
         }
         // A large record made whole leaves a large buffer behind.
         state.scratch.shrink_to(64 << 10);
@@ -187,14 +220,16 @@ impl RoundSource for Queue {
 
     fn round_ended(&self, committed: bool) {
         let mut state = self.state.lock();
-        if !committed || state.unopened.is_some() || state.deleted {
+        if !committed || state.deleted {
             return;
         }
-        // Appends since the drain are not in this round: `written_to` is where the drain stopped.
-        state.committed_to = state.written_to;
-        if self.budget.is_over() {
-            let committed_to = state.committed_to;
-            state.log.evict(committed_to);
+        for lane in state.lanes.iter_mut().filter(|lane| lane.unopened.is_none()) {
+            // Appends since the drain are not in this round: `written_to` is where the drain stopped.
+            lane.committed_to = lane.written_to;
+            if self.environment.budget.is_over() {
+                let committed_to = lane.committed_to;
+                lane.log.evict(committed_to);
+            }
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The log of a queue: appended records, a delivery cursor, and what of it is consumed.
 //!
 //! # Invariants
-//! - L1: `head <= next <= tail`. Everything before `head` is consumed, nothing from `next` on was handed out.
+//! - L1: `head <= next <= tail`. Everything before `head` is consumed, nothing from `next` on was handed out; some of it may
+//!   be consumed all the same, because it expired there.
 //! - L2: a position of `[head, next)` is in `consumed`, in `returned`, or unacked.
 //! - L3: chunks are in order and do not overlap; positions between them are only in the store.
 
@@ -34,6 +35,10 @@ pub struct QueueLog {
     returned: RangeSet,
     /// Some unconsumed positions may be in the store only.
     has_gaps: bool,
+    /// Positions from `next` on may be consumed.
+    consumed_ahead: bool,
+    /// Messages that expire were seen.
+    expiring: bool,
     budget: Arc<MemoryBudget>,
 }
 
@@ -60,6 +65,8 @@ impl QueueLog {
             consumed: RangeSet::default(),
             returned: RangeSet::default(),
             has_gaps: tail > head,
+            consumed_ahead: false,
+            expiring: false,
             budget,
         };
         let mut at = head;
@@ -106,6 +113,7 @@ impl QueueLog {
     #[inline]
     pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) -> u64 {
         let seq = self.tail;
+        self.expiring |= !message.extension.is_empty();
         match self.chunks.back_mut() {
             Some(chunk) if chunk.end() == seq && !chunk.is_full() => chunk.append(message, now_unix_ms),
             _ => {
@@ -132,7 +140,16 @@ impl QueueLog {
         loop {
             let (seq, redelivered) = match self.returned.first() {
                 Some(seq) => (seq, true),
-                None if self.next < self.tail => (self.next, false),
+                None if self.next < self.tail => {
+                    if self.consumed_ahead
+                        && let Some((_, end)) = self.consumed.range_of(self.next)
+                    {
+                        self.next = end;
+                        self.advance_head();
+                        continue;
+                    }
+                    (self.next, false)
+                }
                 None => return Peek::Empty,
             };
             let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
@@ -148,6 +165,28 @@ impl QueueLog {
             self.consume(seq);
             *lost += 1;
         }
+    }
+
+    /// The returned message at `seq`, whatever is ready before it; `Empty` if it is not among the returned ones.
+    pub fn peek_returned(&mut self, seq: u64) -> Peek<'_> {
+        if !self.returned.contains(seq) {
+            return Peek::Empty;
+        }
+        let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
+        match self.chunks[index].message(seq) {
+            Some(message) => Peek::Ready { seq, redelivered: true, message },
+            None => Peek::Empty,
+        }
+    }
+
+    /// Whether `seq` was given back and is ready again.
+    pub fn is_returned(&self, seq: u64) -> bool {
+        self.returned.contains(seq)
+    }
+
+    /// The message at `seq`, if it is in memory.
+    pub fn message(&self, seq: u64) -> Option<Message<'_>> {
+        self.chunks[self.chunk_index(seq)?].message(seq)
     }
 
     /// Moves the cursor past `seq`, which [`QueueLog::peek`] has just answered.
@@ -166,6 +205,54 @@ impl QueueLog {
     pub fn give_back(&mut self, seq: u64) {
         debug_assert!(seq >= self.head && seq < self.next && !self.consumed.contains(seq));
         self.returned.insert(seq);
+        if self.expiring
+            && let Some(index) = self.chunk_index(seq)
+        {
+            self.chunks[index].note_expiry_of(seq);
+        }
+    }
+
+    /// Takes the ready position `seq` out of the ready ones, as [`QueueLog::take`] does for the one that is next. It has to
+    /// be consumed (or given back) as if it had been handed out.
+    ///
+    /// A position beyond the cursor can only be consumed, which is why that is done at once; `true` tells so.
+    pub fn take_out(&mut self, seq: u64) -> bool {
+        if self.returned.remove(seq) {
+            return false;
+        }
+        if seq == self.next {
+            self.next = seq + 1;
+            return false;
+        }
+        self.consumed_ahead = true;
+        self.consume(seq);
+        true
+    }
+
+    /// The earliest expiry instant of the messages in memory, in Unix milliseconds; `u64::MAX` if none expires.
+    pub fn next_expiry_unix_ms(&self) -> u64 {
+        if !self.expiring {
+            return u64::MAX;
+        }
+        self.chunks.iter().map(|chunk| chunk.earliest_expiry_unix_ms).min().unwrap_or(u64::MAX)
+    }
+
+    /// The ready positions in memory whose messages have expired, oldest first and at most `limit`.
+    pub fn expired(&mut self, now_unix_ms: u64, limit: usize) -> Vec<u64> {
+        let mut found = Vec::new();
+        if !self.expiring {
+            return found;
+        }
+        let QueueLog { chunks, returned, consumed, next, .. } = self;
+        for chunk in chunks.iter_mut().filter(|chunk| chunk.earliest_expiry_unix_ms <= now_unix_ms) {
+            if found.len() >= limit {
+                break;
+            }
+            chunk.expired(now_unix_ms, limit, &mut found, |seq| {
+                if seq < *next { returned.contains(seq) } else { !consumed.contains(seq) }
+            });
+        }
+        found
     }
 
     /// Ends a handed-out position.
@@ -197,6 +284,7 @@ impl QueueLog {
             && let Some(end) = self.consumed.take_range_at(self.head)
         {
             self.head = end;
+            self.next = self.next.max(end);
         }
         // Absent positions leave a chunk behind when the last of them was consumed before the others.
         while self.chunks.front().is_some_and(|chunk| chunk.first() < chunk.end() && chunk.end() <= self.head) {
@@ -214,10 +302,18 @@ impl QueueLog {
     pub fn purge(&mut self) -> Vec<(u64, u64)> {
         let mut gone: Vec<(u64, u64)> = self.returned.within(0, u64::MAX).collect();
         self.returned.clear();
-        if self.next < self.tail {
-            gone.push((self.next, self.tail));
-            self.next = self.tail;
+        let mut at = self.next;
+        for (start, end) in self.consumed.within(self.next, self.tail) {
+            if at < start {
+                gone.push((at, start));
+            }
+            at = end;
         }
+        if at < self.tail {
+            gone.push((at, self.tail));
+        }
+        self.next = self.tail;
+        self.consumed_ahead = false;
         for &(start, end) in &gone {
             for chunk in &mut self.chunks {
                 for seq in start.max(chunk.first())..end.min(chunk.end()) {
@@ -363,6 +459,7 @@ impl QueueLog {
             return; // all of it was consumed while it was read
         }
         chunk.paged = true;
+        self.expiring |= chunk.earliest_expiry_unix_ms != u64::MAX;
         self.chunks.insert(index, chunk);
     }
 

@@ -13,17 +13,27 @@
 //! # Elsewhere
 //! Delivery tags and `multiple`: `session`. Matching: `broker::exchange`. File formats: `store`.
 
-mod chunk;
+mod attempts;
+pub(super) mod checkouts;
+pub(super) mod chunk;
 mod consumers;
 mod durable;
+mod grouped;
+pub(super) mod groups;
+mod lane;
+mod lanes;
+mod leaving;
 mod log;
 mod ranges;
-mod record;
+pub(super) mod record;
 mod state;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicBool, Ordering},
+};
 
 use amq_protocol::types::FieldTable;
 use parking_lot::Mutex;
@@ -32,17 +42,23 @@ pub use consumers::{Consumer, ConsumerId};
 pub use record::SHARED_BODY_BYTES;
 pub use state::Counts;
 
-use self::state::QueueState;
+use self::{
+    lane::Lane,
+    state::{Next, QueueState, Turn},
+};
 use super::{
     BrokerError,
-    memory::MemoryBudget,
+    arguments::QueueType,
+    environment::Environment,
     message::Message,
     port::{Address, Effects, Offer, Port},
+    rules::{Overflow, QueueRules, QueueTraits},
+    timers::Timed,
 };
 use crate::{
     clock,
-    model::Name,
-    store::{QueueId, QueueStateRecord, Round, Store},
+    model::{Name, ResourceName},
+    store::{QueueId, QueueStateRecord, Round},
 };
 
 /// The connection an exclusive queue belongs to.
@@ -71,10 +87,22 @@ pub struct Settled {
 /// How a run of deliveries was settled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settlement {
-    /// Acked, or rejected without requeue.
-    Done,
-    /// Back to its place in the queue, to be redelivered.
-    Requeue,
+    Acked,
+    /// Rejected without requeue: dead-lettered, or dropped.
+    Rejected,
+    /// Back to the queue, without that counting as a failed delivery: `basic.nack`, `basic.recover`.
+    Returned,
+    /// Back to the queue after a failed delivery: `basic.reject`, or the channel's end.
+    Failed,
+}
+
+/// What became of a message offered to a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// In the queue; durable with the round (0: there is nothing to wait for).
+    Accepted(Round),
+    /// The queue is full and says so; the publish is to be nacked.
+    Rejected,
 }
 
 /// What a deleted queue leaves to be done.
@@ -83,17 +111,22 @@ pub struct DeletedQueue {
     pub consumers: Vec<Consumer>,
     /// Messages that were ready.
     pub ready: u64,
-    /// The store may hold something of it. Most queues never get there, and a deletion in the store is not free.
-    pub in_store: bool,
+    /// The logs of which the store may hold something. Most queues never get there, and a deletion in the store is not free.
+    pub in_store: Vec<QueueId>,
 }
 
 /// See the module.
 pub struct Queue {
     pub options: QueueOptions,
+    /// Fixed by the declaration.
+    pub traits: QueueTraits,
+    /// Of its log; a queue with priorities has one more for each.
     pub id: QueueId,
-    store: Arc<Store>,
-    budget: Arc<MemoryBudget>,
+    environment: Arc<Environment>,
+    /// A publish may be refused: see [`Queue::offer`].
+    may_reject: AtomicBool,
     state: Mutex<QueueState>,
+    this: Weak<Queue>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -103,35 +136,100 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Queue {
-    /// A new, empty queue.
-    pub fn new(options: QueueOptions, id: QueueId, store: Arc<Store>, budget: Arc<MemoryBudget>) -> Arc<Self> {
-        let state = QueueState::new(log::QueueLog::new(budget.clone()));
-        Arc::new(Queue { options, id, store, budget, state: Mutex::new(state) })
+    /// A new, empty queue. Its logs have the ids from `id` on, one for each priority.
+    pub fn new(
+        options: QueueOptions,
+        traits: QueueTraits,
+        rules: QueueRules,
+        id: QueueId,
+        environment: Arc<Environment>,
+    ) -> Arc<Self> {
+        Self::recovered(options, traits, rules, id, environment, &[])
     }
 
-    /// A durable queue as the store has it. Its consumed set is read when the queue is first used.
+    /// A durable queue as the store has it, `records` being those of its logs by level. Their consumed sets are read when
+    /// the queue is first used.
     pub fn recovered(
         options: QueueOptions,
+        traits: QueueTraits,
+        rules: QueueRules,
         id: QueueId,
-        store: Arc<Store>,
-        budget: Arc<MemoryBudget>,
-        record: QueueStateRecord,
+        environment: Arc<Environment>,
+        records: &[(u8, QueueStateRecord)],
     ) -> Arc<Self> {
-        let state = QueueState::recovered(budget.clone(), record);
-        Arc::new(Queue { options, id, store, budget, state: Mutex::new(state) })
+        let now = clock::now_unix_ms();
+        let budget = environment.budget.clone();
+        let mut state = QueueState::new(id, budget.clone(), options.durable, traits.clone(), rules, now);
+        for &(level, record) in records {
+            let lane_id = QueueId(id.0 + u64::from(level));
+            state.lanes.insert(Lane::recovered(level, lane_id, budget.clone(), record));
+        }
+        state.attempts_unread = !records.is_empty() && state.counts_attempts();
+        let may_reject = AtomicBool::new(state.may_reject());
+        let queue = Arc::new_cyclic(|this| Queue {
+            options,
+            traits,
+            id,
+            environment,
+            may_reject,
+            state: Mutex::new(state),
+            this: this.clone(),
+        });
+        queue.begin();
+        queue
+    }
+
+    /// Schedules what a queue may have to do before anybody uses it.
+    fn begin(self: &Arc<Self>) {
+        let mut state = self.state.lock();
+        let stored = state.lanes.iter().any(|lane| lane.unopened.is_some());
+        if stored && (state.rules.message_ttl_ms.is_some() || state.counts_attempts()) {
+            state.wake_at_unix_ms = 0;
+        }
+        state.renew_lease();
+        self.schedule(&mut state);
+    }
+
+    /// The queue as error texts name it.
+    pub fn resource(&self) -> ResourceName {
+        ResourceName::queue(&self.options.name, &self.options.vhost)
+    }
+
+    /// The highest log id of the queue.
+    pub fn last_id(&self) -> QueueId {
+        QueueId(self.id.0 + u64::from(self.traits.max_priority))
     }
 
     /// Appends messages and hands out what consumers can take. Answers the round that makes all of them durable; 0 when
     /// there is nothing to wait for (transient messages, or all of them consumed already).
     ///
+    /// A queue that [may reject](Queue::may_reject) is published to with [`Queue::offer`]; this takes what fits and drops the
+    /// rest.
+    ///
     /// Hot path: one lock for the whole run, no allocation a message.
     pub fn publish(self: &Arc<Self>, messages: &[Message<'_>], effects: &mut Effects) -> Round {
+        if self.may_reject() {
+            let rounds = messages.iter().map(|message| match self.offer(message, effects) {
+                Outcome::Accepted(round) => round,
+                Outcome::Rejected => 0,
+            });
+            return rounds.max().unwrap_or(0);
+        }
         let mut state = self.open();
+        self.publish_locked(&mut state, messages, effects)
+    }
+
+    fn publish_locked(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        messages: &[Message<'_>],
+        effects: &mut Effects,
+    ) -> Round {
         if state.deleted {
             return 0; // routed, then gone: counts as accepted
         }
         let mut messages = messages;
-        if !state.log.has_ready() && !state.consumers.is_empty() {
+        if state.may_pass_through() {
             let taken = state.pass_through(messages, effects);
             messages = &messages[taken..];
             if messages.is_empty() {
@@ -141,55 +239,107 @@ impl Queue {
         let now = clock::now_unix_ms();
         let expected_bytes = messages.iter().map(record::encoded_len).sum();
         for message in messages {
-            state.append(message, now, expected_bytes, self.options.durable);
+            state.append(message, now, expected_bytes);
         }
         if state.can_deliver() {
-            self.deliver_locked(&mut state, effects);
+            self.deliver_locked(state, now, effects);
             effects.congested |= state.is_congested();
         }
-        if state.unwritten_durable > 0 {
-            return self.mark_dirty(&mut state);
+        if state.has_limits_or_deadlines() {
+            self.expire_head(state, now, effects);
+            self.enforce_limits(state, effects);
+            self.schedule(state);
         }
-        if self.budget.is_over() {
-            self.mark_dirty(&mut state);
+        if state.lanes.has_unwritten() {
+            return self.mark_dirty(state);
+        }
+        if self.environment.budget.is_over() {
+            self.mark_dirty(state);
         }
         0
+    }
+
+    /// Whether the queue refuses publishes when it is full (`x-overflow`).
+    #[inline]
+    pub fn may_reject(&self) -> bool {
+        self.may_reject.load(Ordering::Relaxed)
+    }
+
+    /// [`Queue::publish`] of one message, to a queue that may refuse it.
+    pub fn offer(self: &Arc<Self>, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+        let mut state = self.open();
+        if !state.deleted && state.is_full_for(message) {
+            if state.rules.overflow == Overflow::RejectPublishDlx {
+                self.dead_letter_refused(&state, message, effects);
+            }
+            return Outcome::Rejected;
+        }
+        Outcome::Accepted(self.publish_locked(&mut state, std::slice::from_ref(message), effects))
+    }
+
+    /// Whether a message would be refused now.
+    pub fn would_reject(&self, message: &Message<'_>) -> bool {
+        self.may_reject() && self.open().is_full_for(message)
     }
 
     /// Hands out what consumers can take.
     pub fn deliver(self: &Arc<Self>, effects: &mut Effects) {
         let mut state = self.open();
-        self.deliver_locked(&mut state, effects);
+        let now = clock::now_unix_ms();
+        self.deliver_locked(&mut state, now, effects);
+        if state.has_limits_or_deadlines() {
+            self.expire_head(&mut state, now, effects);
+            self.enforce_limits(&mut state, effects);
+            self.schedule(&mut state);
+        }
     }
 
-    fn deliver_locked(self: &Arc<Self>, state: &mut QueueState, effects: &mut Effects) {
-        match state.deliver_ready(effects) {
-            state::Turn::Idle => {}
-            state::Turn::Again => effects.again.push(self.clone()),
-            state::Turn::Absent(seq) => self.request_load(state, seq),
+    fn deliver_locked(self: &Arc<Self>, state: &mut QueueState, now_unix_ms: u64, effects: &mut Effects) {
+        loop {
+            match state.deliver_ready(now_unix_ms, effects) {
+                Turn::Idle => break,
+                Turn::Again => {
+                    self.bury_expired_parked(state, effects);
+                    effects.again.push(self.clone());
+                    break;
+                }
+                Turn::Absent { level, seq } => {
+                    self.request_load(state, level, seq);
+                    break;
+                }
+                Turn::Expired { level, seq } => self.expire(state, level, seq, effects),
+            }
         }
-        self.note_consumption(state);
+        self.note_changes(state);
     }
 
     /// Hands out the next message to a `basic.get`; `false` when none is ready.
     pub fn get(self: &Arc<Self>, port: &Arc<dyn Port>, to: Address, no_ack: bool, effects: &mut Effects) -> bool {
         let mut state = self.open();
+        let now = clock::now_unix_ms();
+        state.last_used_unix_ms = now;
         let answered = loop {
-            match state.peek() {
-                log::Peek::Empty => break false,
-                log::Peek::Absent(seq) => {
+            match state.next_for_get() {
+                Next::Nothing => break false,
+                Next::Absent { level, seq } => {
                     // A client waits for this answer and the read is one bounded chunk.
-                    if !self.load_now(&mut state, seq) {
+                    if !self.load_now(&mut state, level, seq) {
                         break false;
                     }
                 }
-                log::Peek::Ready { .. } => break true,
+                Next::Ready { level, seq, expires_unix_ms: Some(expires) } if expires <= now => {
+                    self.expire(&mut state, level, seq, effects);
+                }
+                Next::Ready { level, seq, .. } => {
+                    if state.answer_get((level, seq), port, to, no_ack) == Offer::Taken {
+                        effects.wakes.push(port.clone());
+                    }
+                    break true;
+                }
             }
         };
-        if answered && state.hand_to_get(port, to, no_ack) == Offer::Taken {
-            effects.wakes.push(port.clone());
-        }
-        self.note_consumption(&mut state);
+        self.note_changes(&mut state);
+        self.schedule(&mut state);
         answered
     }
 
@@ -205,25 +355,43 @@ impl Queue {
         if state.deleted {
             return;
         }
-        state.settle(consumer, deliveries, how);
-        if state.can_deliver() {
-            self.deliver_locked(&mut state, effects);
-        } else {
-            self.note_consumption(&mut state);
+        match how {
+            Settlement::Acked => state.ack(consumer, deliveries),
+            _ => self.settle_undone(&mut state, consumer, deliveries, how, effects),
         }
+        if let Some(id) = consumer {
+            state.consumers.settled(id, deliveries.len() as u32);
+            if let Some(groups) = &mut state.groups {
+                groups.credit(id);
+            }
+        }
+        if state.can_deliver() {
+            let now = clock::now_unix_ms();
+            self.deliver_locked(&mut state, now, effects);
+        } else {
+            self.note_changes(&mut state);
+        }
+        if how != Settlement::Acked {
+            self.enforce_limits(&mut state, effects);
+        }
+        self.schedule(&mut state);
     }
 
     /// Adds a consumer and starts delivering to it.
     ///
     /// # Errors
-    /// 403 when an exclusive consumer is there, or one is asked for beside others; 404 when the queue is gone.
-    pub fn consume(self: &Arc<Self>, consumer: Consumer) -> Result<ConsumerId, BrokerError> {
+    /// 403 when an exclusive consumer is there, or one is asked for beside others or where a single one is active anyway;
+    /// 404 when the queue is gone.
+    pub fn consume(self: &Arc<Self>, mut consumer: Consumer) -> Result<ConsumerId, BrokerError> {
         let mut state = self.open();
         if state.deleted {
             return Err(self.not_found());
         }
+        // Quorum queues ignore the flag.
+        consumer.exclusive &= self.traits.queue_type == QueueType::Classic;
         let ring = &mut state.consumers;
-        if ring.has_exclusive() || (consumer.exclusive && !ring.is_empty()) {
+        let refused = consumer.exclusive && (!ring.is_empty() || self.traits.single_active_consumer);
+        if ring.has_exclusive() || refused {
             return Err(BrokerError::QueueInExclusiveUse {
                 queue: self.options.name.clone(),
                 vhost: self.options.vhost.clone(),
@@ -240,10 +408,15 @@ impl Queue {
         if state.consumers.remove(id).is_none() {
             return;
         }
+        if state.consumers.is_empty() {
+            state.last_used_unix_ms = clock::now_unix_ms();
+            state.renew_lease();
+            self.schedule(&mut state);
+        }
         if state.consumers.is_empty() && self.options.auto_delete {
             effects.unused.push(self.clone());
         } else if state.can_deliver() {
-            self.deliver_locked(&mut state, effects);
+            self.deliver_locked(&mut state, clock::now_unix_ms(), effects);
         }
     }
 
@@ -251,8 +424,12 @@ impl Queue {
     pub fn unblock(self: &Arc<Self>, id: ConsumerId, effects: &mut Effects) {
         let mut state = self.open();
         state.consumers.unblock(id);
+        if let Some(groups) = &mut state.groups {
+            groups.credit(id);
+        }
         if state.can_deliver() {
-            self.deliver_locked(&mut state, effects);
+            self.deliver_locked(&mut state, clock::now_unix_ms(), effects);
+            self.schedule(&mut state);
         }
     }
 
@@ -260,8 +437,34 @@ impl Queue {
     pub fn purge(self: &Arc<Self>) -> u64 {
         let mut state = self.open();
         let purged = state.purge();
-        self.note_consumption(&mut state);
+        self.note_changes(&mut state);
         purged
+    }
+
+    /// Takes over what arguments and policies ask for now.
+    pub fn apply_rules(self: &Arc<Self>, rules: QueueRules, effects: &mut Effects) {
+        let mut state = self.open();
+        if state.deleted || state.rules == rules {
+            return;
+        }
+        state.rules = rules;
+        self.may_reject.store(state.may_reject(), Ordering::Relaxed);
+        state.renew_lease();
+        self.enforce_limits(&mut state, effects);
+        self.note_changes(&mut state);
+        self.schedule(&mut state);
+    }
+
+    /// The rules in force.
+    pub fn rules(&self) -> QueueRules {
+        self.state.lock().rules.clone()
+    }
+
+    /// Notes that the queue was declared again: its lease (`x-expires`) starts anew. Not for quorum-type queues.
+    pub fn note_use(&self) {
+        if self.traits.queue_type == QueueType::Classic {
+            self.state.lock().last_used_unix_ms = clock::now_unix_ms();
+        }
     }
 
     /// Depth and use.
@@ -271,12 +474,13 @@ impl Queue {
 
     /// When the oldest ready message was published, if that is known without reading from the store.
     pub fn oldest_ready_unix_ms(&self) -> Option<u64> {
-        self.state.lock().log.oldest_ready_unix_ms()
+        let state = self.state.lock();
+        state.lanes.iter().filter_map(|lane| lane.log.oldest_ready_unix_ms()).min()
     }
 
     /// Bytes of messages in memory.
     pub fn resident_bytes(&self) -> usize {
-        self.state.lock().log.resident_bytes()
+        self.state.lock().lanes.iter().map(|lane| lane.log.resident_bytes()).sum()
     }
 
     /// Ends the queue if `check` agrees: drops its messages and answers what is left to be done. `None` when it was gone already.
@@ -292,13 +496,19 @@ impl Queue {
             return Ok(None);
         }
         check(&state.counts())?;
-        Ok(Some(state.delete(&self.budget)))
+        Ok(Some(state.delete()))
     }
 
     /// Whether the last consumer has left a queue that goes with it.
     pub fn is_abandoned(&self) -> bool {
         let state = self.state.lock();
         self.options.auto_delete && state.had_consumer && state.consumers.is_empty() && !state.deleted
+    }
+
+    /// Whether nobody has used the queue for as long as `x-expires` says.
+    pub fn is_expired(&self, now_unix_ms: u64) -> bool {
+        let state = self.state.lock();
+        !state.deleted && state.lease_ends_unix_ms().is_some_and(|end| end <= now_unix_ms)
     }
 
     /// Whether the queue is gone.
@@ -308,5 +518,38 @@ impl Queue {
 
     fn not_found(&self) -> BrokerError {
         BrokerError::QueueNotFound { queue: self.options.name.clone(), vhost: self.options.vhost.clone() }
+    }
+
+    /// Has the queue looked at when something will be due.
+    fn schedule(&self, state: &mut QueueState) {
+        let at = state.wake_at_unix_ms;
+        if at < state.scheduled_at_unix_ms && !state.deleted {
+            state.scheduled_at_unix_ms = at;
+            let timed: Weak<dyn Timed> = self.this.clone();
+            self.environment.timers.schedule(at, timed);
+        }
+    }
+}
+
+impl Timed for Queue {
+    fn on_time(self: Arc<Self>, now_unix_ms: u64, effects: &mut Effects) {
+        let mut state = self.open();
+        if state.deleted || now_unix_ms < state.scheduled_at_unix_ms {
+            return; // an entry that an earlier one has made idle
+        }
+        state.scheduled_at_unix_ms = u64::MAX;
+        if state.lease_ends_unix_ms().is_some_and(|end| end <= now_unix_ms) {
+            effects.expired.push(self.clone());
+            return;
+        }
+        self.return_overdue(&mut state, now_unix_ms, effects);
+        self.end_waiting(&mut state, now_unix_ms);
+        self.drop_expired(&mut state, now_unix_ms, effects);
+        if state.can_deliver() {
+            self.deliver_locked(&mut state, now_unix_ms, effects);
+        }
+        self.note_changes(&mut state);
+        state.find_next_deadline(now_unix_ms);
+        self.schedule(&mut state);
     }
 }

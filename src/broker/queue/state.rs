@@ -1,20 +1,30 @@
-//! What a queue's mutex guards. Pure: no I/O, no lock but the ports' while delivering.
+//! What a queue's mutex guards: its lanes, its consumers, and the rules that move messages between them. Pure: no I/O, no
+//! lock but the ports' while delivering.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use super::{
     ConsumerId, DeletedQueue, Settled, Settlement,
-    consumers::ConsumerRing,
+    attempts::Attempts,
+    checkouts::Checkouts,
+    consumers::{ConsumerRing, Sharing},
+    groups::{GroupKey, Groups, Parked},
+    lane::{HandedOut, Lane, Tally},
+    lanes::{Lanes, lane_position, queue_position},
     log::{Peek, QueueLog},
-    ranges::RangeSet,
 };
 use crate::{
     broker::{
+        arguments::QueueType,
+        delivery_headers,
+        extension::{self, Extension},
         memory::MemoryBudget,
-        message::Message,
+        message::{Message, OwnedMessage},
         port::{Address, Delivery, Effects, Offer, Port},
+        rules::{QueueRules, QueueTraits},
     },
-    store::{QueueStateRecord, Round, SEGMENT_RECORDS},
+    model::properties::Properties,
+    store::{QueueId, Round},
 };
 
 /// Deliveries in one go before the lock is given up.
@@ -24,17 +34,16 @@ const DELIVERY_BUDGET: usize = 16 << 10;
 const CONGESTED_MESSAGES: u64 = 32 << 10;
 const CONGESTED_BYTES: u64 = 4 << 20;
 
-/// Consumed segments at the head that are worth a range delete.
-const DELETE_SEGMENTS: u64 = 8;
-
 /// How a call of [`QueueState::deliver_ready`] ended.
 pub(super) enum Turn {
     /// Nothing ready, or nobody to take it.
     Idle,
     /// The budget is used up.
     Again,
-    /// The next message has to be read from the store.
-    Absent(u64),
+    /// The next message of a level has to be read from the store.
+    Absent { level: u8, seq: u64 },
+    /// The next message has expired; it has to be taken out first.
+    Expired { level: u8, seq: u64 },
 }
 
 /// Depth and use of a queue.
@@ -44,172 +53,253 @@ pub struct Counts {
     pub ready_bytes: u64,
     pub unacked: u64,
     pub unacked_bytes: u64,
+    /// Returned messages that wait for their next attempt.
+    pub waiting: u64,
     pub consumers: u64,
 }
 
 /// See the module.
 pub(super) struct QueueState {
-    pub log: QueueLog,
+    pub lanes: Lanes,
     pub consumers: ConsumerRing,
-    counts: Counts,
-    /// Durable messages not consumed, and their body bytes: what the store must count after a restart.
-    durable_count: u64,
-    durable_bytes: u64,
-    /// Of those, the unacked ones.
-    unacked_durable: u64,
-    unacked_durable_bytes: u64,
-    /// Durable, unconsumed messages that no round has taken yet.
-    pub unwritten_durable: u64,
-    /// Positions before it were offered to a round.
-    pub written_to: u64,
-    /// Positions before it are in a committed round.
-    pub committed_to: u64,
+    pub unacked: Tally,
+    pub rules: QueueRules,
+    pub traits: QueueTraits,
+    /// Survives a restart.
+    pub durable: bool,
+    /// Failed deliveries, where the queue counts them.
+    pub attempts: Attempts,
+    /// Who holds what, where consumers have to settle in time.
+    pub checkouts: Option<Box<Checkouts>>,
+    /// Message groups, where the queue has such.
+    pub groups: Option<Box<Groups>>,
+    /// The group of the message that a `basic.get` is about to have, and the message if it is parked.
+    pub getting: Option<(GroupKey, Option<Parked>)>,
+    /// Parked messages that have expired and are to be buried.
+    pub expired_parked: Vec<Settled>,
+    /// Returned messages in the order of their return, where that is the order of redelivery (quorum-type queues).
+    return_order: VecDeque<u64>,
     /// The round that will take the present changes, once the queue is on the store's list.
     pub dirty: Option<Round>,
-    /// Something is consumed that the store does not know of.
-    pub consumption_unwritten: bool,
-    /// The delivery cursor as the store has it.
-    pub delivered_written: u64,
-    /// Segments whose consumed set has to be written.
-    pub dirty_segments: RangeSet,
-    /// Body bytes of stored messages consumed since their records were last deleted.
-    pub consumed_bytes: u64,
-    /// Segments before it are deleted in the store.
-    pub deleted_segments: u64,
-    /// The store has records of this queue.
-    pub in_store: bool,
-    /// A read from the store is under way.
-    pub loading: bool,
-    /// The recovered consumed set was not read yet.
-    pub unopened: Option<QueueStateRecord>,
+    /// The earliest instant at which something has to be done, as far as is known; `u64::MAX` for none.
+    pub wake_at_unix_ms: u64,
+    /// The earliest instant the timer was asked for.
+    pub scheduled_at_unix_ms: u64,
+    /// When the queue was last declared, got from or consumed from.
+    pub last_used_unix_ms: u64,
+    /// Attempts were not read from the store yet.
+    pub attempts_unread: bool,
     /// Reused for records that have to be made whole.
     pub scratch: Vec<u8>,
+    /// Reused for properties with headers of the broker's own.
+    pub decorated: Vec<u8>,
     pub had_consumer: bool,
     pub deleted: bool,
 }
 
+/// The message that is next, or why it is not known.
+pub(super) enum Next {
+    Nothing,
+    Absent { level: u8, seq: u64 },
+    Ready { level: u8, seq: u64, expires_unix_ms: Option<u64> },
+}
+
 impl QueueState {
-    pub(super) fn new(log: QueueLog) -> Self {
-        let tail = log.tail();
+    pub(super) fn new(
+        base: QueueId,
+        budget: Arc<MemoryBudget>,
+        durable: bool,
+        traits: QueueTraits,
+        rules: QueueRules,
+        now_unix_ms: u64,
+    ) -> Self {
+        let quorum = traits.queue_type == QueueType::Quorum;
+        let sharing = match (traits.single_active_consumer, quorum) {
+            (false, _) => Sharing::Competing,
+            (true, false) => Sharing::SingleActive,
+            (true, true) => Sharing::SingleActiveYielding,
+        };
+        let traits_groups = traits.message_group.as_deref().map(|header| Box::new(Groups::new(header)));
         QueueState {
-            deleted_segments: log.head() / SEGMENT_RECORDS,
-            log,
-            consumers: ConsumerRing::default(),
-            counts: Counts::default(),
-            durable_count: 0,
-            durable_bytes: 0,
-            unacked_durable: 0,
-            unacked_durable_bytes: 0,
-            unwritten_durable: 0,
-            written_to: tail,
-            committed_to: tail,
+            lanes: Lanes::new(base, budget),
+            consumers: ConsumerRing::new(sharing),
+            unacked: Tally::default(),
+            rules,
+            traits,
+            durable,
+            attempts: Attempts::default(),
+            checkouts: quorum.then(Box::default),
+            groups: traits_groups,
+            getting: None,
+            expired_parked: Vec::new(),
+            return_order: VecDeque::new(),
             dirty: None,
-            consumption_unwritten: false,
-            delivered_written: 0,
-            dirty_segments: RangeSet::default(),
-            consumed_bytes: 0,
-            in_store: false,
-            loading: false,
-            unopened: None,
+            wake_at_unix_ms: u64::MAX,
+            scheduled_at_unix_ms: u64::MAX,
+            last_used_unix_ms: now_unix_ms,
+            attempts_unread: false,
             scratch: Vec::new(),
+            decorated: Vec::new(),
             had_consumer: false,
             deleted: false,
         }
     }
 
-    pub(super) fn recovered(budget: Arc<MemoryBudget>, record: QueueStateRecord) -> Self {
-        let mut state = QueueState::new(QueueLog::new(budget));
-        state.counts.ready = record.message_count;
-        state.counts.ready_bytes = record.message_bytes;
-        state.durable_count = record.message_count;
-        state.durable_bytes = record.message_bytes;
-        state.in_store = true;
-        state.unopened = Some(record);
-        state
+    fn is_quorum(&self) -> bool {
+        self.checkouts.is_some()
     }
 
-    /// Takes over what the store knows of the consumed positions.
-    pub(super) fn opened(&mut self, budget: Arc<MemoryBudget>, record: QueueStateRecord, consumed: &[(u64, u64)]) {
-        self.log = QueueLog::recovered(budget, record.head, record.delivered, record.tail, consumed);
-        self.written_to = self.log.tail();
-        self.committed_to = self.log.tail();
-        self.delivered_written = self.log.next();
-        self.deleted_segments = self.log.head() / SEGMENT_RECORDS;
-        self.unopened = None;
+    /// Whether failed deliveries are counted.
+    pub(super) fn counts_attempts(&self) -> bool {
+        self.is_quorum() || self.rules.retry.is_some()
     }
 
-    /// Whether the store should hear what was handed out or consumed: what is unacked comes back redelivered after a
-    /// restart, and what is consumed gives its disk space back.
+    /// Whether the store should hear of something besides new messages.
+    #[inline]
     pub(super) fn has_news(&self) -> bool {
-        let handed_out = self.unacked_durable > 0 && self.log.next() > self.delivered_written;
-        self.in_store
-            && !self.deleted
-            && (self.consumption_unwritten || handed_out || self.segments_to_delete().is_some())
-    }
-
-    /// Consumed segments before the head, once they are worth a range delete.
-    pub(super) fn segments_to_delete(&self) -> Option<(u64, u64)> {
-        let (from, until) = (self.deleted_segments, self.log.head() / SEGMENT_RECORDS);
-        let worth_it = until - from >= DELETE_SEGMENTS || (until > from && self.log.head() == self.log.tail());
-        worth_it.then_some((from, until))
+        !self.deleted && (self.lanes.iter().any(Lane::has_news) || (self.durable && self.attempts.is_dirty()))
     }
 
     pub(super) fn counts(&self) -> Counts {
-        Counts { consumers: self.consumers.len() as u64, ..self.counts }
+        let (ready, parked) = (self.lanes.ready(), self.parked());
+        Counts {
+            ready: ready.messages + parked.messages,
+            ready_bytes: ready.bytes + parked.bytes,
+            unacked: self.unacked.messages,
+            unacked_bytes: self.unacked.bytes,
+            waiting: self.attempts.waiting_tally.messages,
+            consumers: self.consumers.len() as u64,
+        }
     }
 
-    /// Depth and cursor, as a round stores them.
-    pub(super) fn record(&self) -> QueueStateRecord {
-        QueueStateRecord {
-            head: self.log.head(),
-            delivered: self.log.next(),
-            tail: self.log.tail(),
-            message_count: self.durable_count,
-            message_bytes: self.durable_bytes,
+    /// What the length limits count: ready messages, and those that wait for their next attempt.
+    pub(super) fn limited(&self) -> Tally {
+        let (ready, waiting, parked) = (self.lanes.ready(), self.attempts.waiting_tally, self.parked());
+        Tally {
+            messages: ready.messages + waiting.messages + parked.messages,
+            bytes: ready.bytes + waiting.bytes + parked.bytes,
         }
+    }
+
+    fn parked(&self) -> Tally {
+        self.groups.as_ref().map_or(Tally::default(), |groups| groups.parked)
+    }
+
+    /// Whether messages that have just arrived may go straight to a consumer.
+    #[inline]
+    pub(super) fn may_pass_through(&self) -> bool {
+        !self.consumers.is_empty() && self.groups.is_none() && !self.lanes.has_ready()
     }
 
     #[inline]
-    pub(super) fn append(
-        &mut self,
-        message: &Message<'_>,
-        now_unix_ms: u64,
-        expected_bytes: usize,
-        durable_queue: bool,
-    ) {
-        let body_bytes = message.body.len() as u64;
-        // A persistent message in a transient queue is as transient as the queue.
-        let message = Message { persistent: message.persistent && durable_queue, ..*message };
-        self.log.append(&message, now_unix_ms, expected_bytes);
-        self.counts.ready += 1;
-        self.counts.ready_bytes += body_bytes;
-        if message.persistent {
-            self.durable_count += 1;
-            self.durable_bytes += body_bytes;
-            self.unwritten_durable += 1;
+    pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
+        // A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
+        let persistent = (message.persistent || self.checkouts.is_some()) && self.durable;
+        let message = Message { persistent, ..*message };
+        let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
+        if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
+            let lane = self.lanes.at_level(level);
+            lane.log.append(&message, now_unix_ms, expected_bytes);
+            lane.appended(message.body.len() as u64, persistent);
+        } else {
+            self.append_extended(level, &message, now_unix_ms, expected_bytes);
         }
+    }
+
+    fn append_extended(&mut self, level: u8, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
+        let mut extension = Extension::parse(message.extension);
+        let by_queue = self.rules.message_ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
+        extension.expires_unix_ms = match (extension.expires_unix_ms, by_queue) {
+            (Some(own), Some(queue)) => Some(own.min(queue)),
+            (own, queue) => own.or(queue),
+        };
+        if let Some(expires) = extension.expires_unix_ms {
+            self.wake_at_unix_ms = self.wake_at_unix_ms.min(expires);
+        }
+        let deliveries = extension.deliveries;
+        let extension = extension.encode();
+        let message = Message { extension: &extension, ..*message };
+        let quorum = self.is_quorum();
+        let lane = self.lanes.at_level(level);
+        let seq = lane.log.append(&message, now_unix_ms, expected_bytes);
+        if deliveries > 0 && quorum {
+            self.attempts.seed(queue_position(level, seq), deliveries);
+        }
+        lane.appended(message.body.len() as u64, message.persistent);
+    }
+
+    fn level_of(&self, properties: &[u8]) -> u8 {
+        let priority = Properties::parse(properties).ok().and_then(|view| view.priority());
+        priority.unwrap_or(self.traits.default_priority).min(self.traits.max_priority)
     }
 
     #[inline]
     pub(super) fn can_deliver(&self) -> bool {
-        !self.consumers.is_empty() && self.log.has_ready() && !self.deleted
+        !self.consumers.is_empty()
+            && !self.deleted
+            && (self.lanes.has_ready() || self.groups.as_ref().is_some_and(|groups| groups.open_len() > 0))
     }
 
     /// Whether messages arrive faster than the present consumers take them.
     #[inline]
     pub(super) fn is_congested(&self) -> bool {
-        !self.consumers.is_empty()
-            && (self.counts.ready > CONGESTED_MESSAGES || self.counts.ready_bytes > CONGESTED_BYTES)
+        let ready = self.lanes.ready();
+        !self.consumers.is_empty() && (ready.messages > CONGESTED_MESSAGES || ready.bytes > CONGESTED_BYTES)
+    }
+
+    /// The level whose turn it is because a message was returned to it first, with that message.
+    fn next_returned(&mut self) -> Option<(u8, u64)> {
+        while let Some(&position) = self.return_order.front() {
+            let (level, seq) = lane_position(position);
+            if self.lanes.find(position).is_some_and(|(lane, seq)| lane.log.is_returned(seq)) {
+                return Some((level, seq));
+            }
+            self.return_order.pop_front();
+        }
+        None
     }
 
     /// What is next, with the counts corrected for records that turn out to be gone.
-    pub(super) fn peek(&mut self) -> Peek<'_> {
-        let mut lost = 0;
-        if matches!(self.log.peek(&mut lost), Peek::Empty) {
-            self.nothing_ready();
+    pub(super) fn next(&mut self) -> Next {
+        if let Some((level, seq)) = self.next_returned() {
+            return match self.lanes.at_level(level).log.peek_returned(seq) {
+                Peek::Ready { message, .. } => {
+                    let expires_unix_ms = extension::expires_unix_ms(message.extension);
+                    Next::Ready { level, seq, expires_unix_ms }
+                }
+                Peek::Absent(seq) => Next::Absent { level, seq },
+                Peek::Empty => {
+                    self.lose(level, seq);
+                    self.next()
+                }
+            };
         }
-        self.consumption_unwritten |= lost > 0;
-        self.log.peek(&mut lost)
+        while let Some(lane) = self.lanes.first_ready() {
+            let mut lost = 0;
+            let found = match lane.log.peek(&mut lost) {
+                Peek::Ready { seq, message, .. } => {
+                    let expires_unix_ms = extension::expires_unix_ms(message.extension);
+                    Some(Next::Ready { level: lane.level, seq, expires_unix_ms })
+                }
+                Peek::Absent(seq) => Some(Next::Absent { level: lane.level, seq }),
+                Peek::Empty => None,
+            };
+            lane.consumption_unwritten |= lost > 0;
+            match found {
+                Some(next) => return next,
+                None => lane.nothing_ready(),
+            }
+        }
+        Next::Nothing
+    }
+
+    /// Drops a returned position whose record cannot be read.
+    fn lose(&mut self, level: u8, seq: u64) {
+        let lane = self.lanes.at_level(level);
+        if !lane.log.take_out(seq) {
+            lane.log.consume(seq);
+        }
+        lane.consumption_unwritten = true;
     }
 
     /// Hands messages that have just arrived straight to no-ack consumers while nothing is ready before them, so that
@@ -247,44 +337,78 @@ impl QueueState {
     ///
     /// Hot path: under the queue's lock; takes the outbox of the consumer whose turn it is, once for a whole run while
     /// it is the only one ready.
-    pub(super) fn deliver_ready(&mut self, effects: &mut Effects) -> Turn {
+    pub(super) fn deliver_ready(&mut self, now_unix_ms: u64, effects: &mut Effects) -> Turn {
         if self.deleted {
             return Turn::Idle;
+        }
+        if self.groups.is_some() {
+            return self.deliver_grouped(now_unix_ms, effects);
         }
         let mut budget = DELIVERY_BUDGET;
         loop {
             if budget == 0 {
                 return Turn::Again;
             }
-            if !self.log.has_ready() {
-                self.nothing_ready();
-                return Turn::Idle;
-            }
+            let returned = if self.return_order.is_empty() { None } else { self.next_returned() };
+            let consumer_id = if self.checkouts.is_some() { self.consumers.current_id() } else { None };
+            let lane = match returned {
+                Some((level, _)) => self.lanes.at_level(level),
+                None => match self.lanes.first_ready() {
+                    Some(lane) => lane,
+                    None => return Turn::Idle,
+                },
+            };
             let Some((consumer, alone)) = self.consumers.current() else { return Turn::Idle };
-            let run = if alone { budget } else { 1 };
+            let run = if alone && returned.is_none() { budget } else { 1 };
+            let level = lane.level;
+            let timeout_ms = consumer.timeout_ms.or(self.rules.consumer_timeout_ms);
             let mut handed = HandedOut::default();
-            let (mut last, mut absent) = (Offer::Taken, None);
-            let log = &mut self.log;
+            let (mut last, mut ended) = (Offer::Taken, None);
+            let (log, written_to) = (&mut lane.log, lane.written_to);
+            let (attempts, checkouts, decorated) = (&self.attempts, &mut self.checkouts, &mut self.decorated);
             let wake = consumer.port.clone().with_writer(&mut |writer| {
                 while handed.messages < run {
-                    let (seq, redelivered, message) = match log.peek(&mut handed.lost) {
+                    let peek = match returned {
+                        None => log.peek(&mut handed.lost),
+                        Some((_, seq)) => log.peek_returned(seq),
+                    };
+                    let (seq, redelivered, mut message) = match peek {
                         Peek::Ready { seq, redelivered, message } => (seq, redelivered, message),
                         Peek::Absent(seq) => {
-                            absent = Some(seq);
+                            ended = Some(Turn::Absent { level, seq });
                             return;
                         }
                         Peek::Empty => return,
                     };
+                    if !message.extension.is_empty()
+                        && extension::expires_unix_ms(message.extension).is_some_and(|expires| expires < now_unix_ms)
+                    {
+                        ended = Some(Turn::Expired { level, seq });
+                        return;
+                    }
+                    let position = queue_position(level, seq);
+                    if !attempts.is_empty() {
+                        decorate_attempts(attempts, position, &mut message, decorated);
+                    }
                     let body_bytes = message.body.len() as u64;
                     let persistent = message.persistent;
-                    last = writer.deliver(&Delivery { to: consumer.address, seq, redelivered, message });
+                    let to = consumer.address;
+                    last = writer.deliver(&Delivery {
+                        to,
+                        seq: position,
+                        redelivered: redelivered || failed_before(&message),
+                        message,
+                    });
                     if last != Offer::Taken {
                         return;
                     }
                     log.take(seq, redelivered);
-                    handed.add(seq, body_bytes, persistent, consumer.no_ack, self.written_to);
+                    handed.add(seq, body_bytes, persistent, consumer.no_ack, written_to);
                     if consumer.no_ack {
                         log.consume(seq);
+                    } else if let Some(checkouts) = checkouts {
+                        let deadline = timeout_ms.map_or(u64::MAX, |timeout| now_unix_ms.saturating_add(timeout));
+                        checkouts.begin(position, consumer_id, deadline, body_bytes as u32, persistent);
                     }
                     if !consumer.delivered() {
                         return;
@@ -300,154 +424,198 @@ impl QueueState {
                 Offer::Taken => self.consumers.end_turn(),
                 Offer::Blocked | Offer::Gone => self.consumers.block_current(),
             }
-            self.account(&handed, no_ack);
-            if let Some(seq) = absent {
-                return Turn::Absent(seq);
+            lane.account(&handed, no_ack);
+            if !no_ack {
+                self.unacked.add(handed.messages as u64, handed.bytes);
+            }
+            if let Some(checkouts) = &self.checkouts {
+                self.wake_at_unix_ms = self.wake_at_unix_ms.min(checkouts.next_deadline_unix_ms());
+            }
+            if let Some(turn) = ended {
+                return turn;
+            }
+            if let (Some((level, seq)), 0, Offer::Taken) = (returned, handed.messages, last) {
+                self.lose(level, seq);
             }
         }
     }
 
-    /// Hands the message that [`QueueState::peek`] has just shown to a `basic.get`.
-    pub(super) fn hand_to_get(&mut self, port: &Arc<dyn Port>, to: Address, no_ack: bool) -> Offer {
-        let mut handed = HandedOut::default();
-        let remaining = self.counts.ready.saturating_sub(1);
-        let Peek::Ready { seq, redelivered, message } = self.log.peek(&mut handed.lost) else { return Offer::Gone };
-        let (body_bytes, persistent) = (message.body.len() as u64, message.persistent);
-        let mut offer = Offer::Gone;
-        port.with_writer(&mut |writer| {
-            offer = writer.answer_get(&Delivery { to, seq, redelivered, message }, remaining);
-        });
-        if offer == Offer::Taken {
-            self.log.take(seq, redelivered);
-            handed.add(seq, body_bytes, persistent, no_ack, self.written_to);
-            if no_ack {
-                self.log.consume(seq);
-            }
-            self.account(&handed, no_ack);
+    /// Hands the message that [`QueueState::next_for_get`] has just shown to a `basic.get`.
+    pub(super) fn answer_get(&mut self, place: (u8, u64), port: &Arc<dyn Port>, to: Address, no_ack: bool) -> Offer {
+        let getting = self.getting.take();
+        if let Some((key, Some(parked))) = getting {
+            return self.hand_parked_to_get(key, parked, port, to, no_ack);
+        }
+        let offer = self.hand_to_get(place, port, to, no_ack);
+        if let (Some((key, None)), Some(groups), Offer::Taken, false) = (getting, &mut self.groups, offer, no_ack) {
+            groups.hold(key, super::groups::Owner::Getter, queue_position(place.0, place.1));
         }
         offer
     }
 
-    fn account(&mut self, handed: &HandedOut, no_ack: bool) {
-        self.counts.ready = self.counts.ready.saturating_sub(handed.messages as u64);
-        self.counts.ready_bytes = self.counts.ready_bytes.saturating_sub(handed.bytes);
-        if no_ack {
-            self.durable_count = self.durable_count.saturating_sub(handed.durable);
-            self.durable_bytes = self.durable_bytes.saturating_sub(handed.durable_bytes);
-            self.unwritten_durable = self.unwritten_durable.saturating_sub(handed.durable - handed.written);
-            if handed.written > 0 {
-                self.consumed_bytes += handed.durable_bytes;
-                self.consumption_unwritten = true;
-                self.dirty_segments
-                    .insert_range(handed.first_written / SEGMENT_RECORDS, handed.last_written / SEGMENT_RECORDS + 1);
+    fn hand_to_get(&mut self, (level, seq): (u8, u64), port: &Arc<dyn Port>, to: Address, no_ack: bool) -> Offer {
+        let mut handed = HandedOut::default();
+        let remaining = self.lanes.ready().messages.saturating_sub(1);
+        let position = queue_position(level, seq);
+        let lane = self.lanes.at_level(level);
+        let redelivered = lane.log.is_returned(seq);
+        let Some(mut message) = lane.log.message(seq) else { return Offer::Gone };
+        decorate_attempts(&self.attempts, position, &mut message, &mut self.decorated);
+        let (body_bytes, persistent) = (message.body.len() as u64, message.persistent);
+        let mut offer = Offer::Gone;
+        port.with_writer(&mut |writer| {
+            let shown = redelivered || failed_before(&message);
+            offer = writer.answer_get(&Delivery { to, seq: position, redelivered: shown, message }, remaining);
+        });
+        if offer == Offer::Taken {
+            lane.log.take(seq, redelivered);
+            handed.add(seq, body_bytes, persistent, no_ack, lane.written_to);
+            if no_ack {
+                lane.log.consume(seq);
+            } else if let Some(checkouts) = &mut self.checkouts {
+                checkouts.begin(position, None, u64::MAX, body_bytes as u32, persistent);
             }
-        } else {
-            self.counts.unacked += handed.messages as u64;
-            self.counts.unacked_bytes += handed.bytes;
-            // A restart must know that these were handed out: they come back as redelivered.
-            self.consumption_unwritten |= handed.durable > 0;
-            self.unacked_durable += handed.durable;
-            self.unacked_durable_bytes += handed.durable_bytes;
+            lane.account(&handed, no_ack);
+            if !no_ack {
+                self.unacked.add(1, body_bytes);
+            }
         }
-        self.consumption_unwritten |= handed.lost > 0;
+        offer
     }
 
-    pub(super) fn settle(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled], how: Settlement) {
+    /// Ends messages that were handed out: the plain case of [`Settlement::Acked`].
+    #[inline]
+    pub(super) fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) {
         for delivery in deliveries {
-            let bytes = u64::from(delivery.body_bytes);
-            self.counts.unacked = self.counts.unacked.saturating_sub(1);
-            self.counts.unacked_bytes = self.counts.unacked_bytes.saturating_sub(bytes);
-            if delivery.persistent {
-                self.unacked_durable = self.unacked_durable.saturating_sub(1);
-                self.unacked_durable_bytes = self.unacked_durable_bytes.saturating_sub(bytes);
+            if self.check_in(consumer, delivery) {
+                self.finish(delivery);
             }
-            if how == Settlement::Requeue {
-                self.log.give_back(delivery.seq);
-                self.counts.ready += 1;
-                self.counts.ready_bytes += bytes;
-                continue;
-            }
-            self.log.consume(delivery.seq);
-            if delivery.persistent {
-                self.durable_count = self.durable_count.saturating_sub(1);
-                self.durable_bytes = self.durable_bytes.saturating_sub(bytes);
-                if delivery.seq < self.written_to {
-                    self.consumed_bytes += bytes;
-                    self.consumption_unwritten = true;
-                    self.dirty_segments.insert(delivery.seq / SEGMENT_RECORDS);
-                } else {
-                    self.unwritten_durable = self.unwritten_durable.saturating_sub(1);
-                }
-            }
-        }
-        if let Some(id) = consumer {
-            self.consumers.settled(id, deliveries.len() as u32);
         }
     }
 
-    /// Consumes everything ready; answers how much that was.
-    pub(super) fn purge(&mut self) -> u64 {
-        let purged = self.counts.ready;
-        for (start, end) in self.log.purge() {
-            self.dirty_segments.insert_range(start / SEGMENT_RECORDS, (end - 1) / SEGMENT_RECORDS + 1);
+    /// Counts a delivery as settled; `false` when the consumer does not hold it any more.
+    #[inline]
+    pub(super) fn check_in(&mut self, consumer: Option<ConsumerId>, delivery: &Settled) -> bool {
+        if let Some(checkouts) = &mut self.checkouts
+            && !checkouts.end(delivery.seq, consumer)
+        {
+            return false; // it timed out, and went back to the queue
         }
-        self.nothing_ready();
-        // What no round has taken yet is in memory, so it can be counted.
-        let mut unwritten = 0;
-        self.log.for_each_durable(self.written_to, &mut self.scratch, &mut |_, _| unwritten += 1);
-        self.unwritten_durable = unwritten;
-        self.consumption_unwritten = true;
+        self.unacked.sub(1, delivery.body_bytes.into());
+        true
+    }
+
+    /// Consumes a message that is held: handed out and settled, or taken out of the ready ones.
+    #[inline]
+    pub(super) fn finish(&mut self, delivery: &Settled) {
+        self.attempts.forget(delivery.seq);
+        if let Some(groups) = &mut self.groups {
+            groups.release(delivery.seq);
+        }
+        if let Some((lane, seq)) = self.lanes.find(delivery.seq) {
+            lane.consume(seq, delivery.body_bytes.into(), delivery.persistent);
+        }
+    }
+
+    /// Makes a held message ready again.
+    pub(super) fn give_back(&mut self, delivery: &Settled) {
+        if let Some(groups) = &mut self.groups
+            && let Some(key) = groups.release(delivery.seq)
+        {
+            let parked = Parked {
+                position: delivery.seq,
+                redelivered: true,
+                body_bytes: delivery.body_bytes,
+                durable: delivery.persistent,
+            };
+            groups.park_returned(key, parked);
+            return;
+        }
+        let quorum = self.is_quorum();
+        let Some((lane, seq)) = self.lanes.find(delivery.seq) else { return };
+        lane.give_back(seq, delivery.body_bytes.into(), delivery.persistent);
+        self.wake_at_unix_ms = self.wake_at_unix_ms.min(lane.log.next_expiry_unix_ms());
+        if quorum {
+            self.return_order.push_back(delivery.seq);
+        }
+    }
+
+    /// Takes a ready message out, so that it is held. `None` when its record is not in memory. The second value tells that it
+    /// is consumed already.
+    pub(super) fn take_out(&mut self, level: u8, seq: u64) -> Option<(OwnedMessage, bool)> {
+        let lane = self.lanes.at_level(level);
+        let message = lane.log.message(seq)?;
+        let (body_bytes, durable) = (message.body.len() as u64, message.persistent);
+        let message = OwnedMessage::from(&message);
+        let consumed = lane.take_out(seq, body_bytes, durable);
+        if consumed {
+            self.attempts.forget(queue_position(level, seq));
+        }
+        Some((message, consumed))
+    }
+
+    /// Consumes everything ready, and what waits for its next attempt; answers how much that was.
+    pub(super) fn purge(&mut self) -> u64 {
+        let mut purged = 0;
+        for lane in self.lanes.iter_mut() {
+            purged += lane.purge(&mut self.scratch);
+        }
+        self.return_order.clear();
+        let parked = self.groups.as_mut().map(|groups| groups.take_parked()).unwrap_or_default();
+        for parked in parked {
+            purged += 1;
+            self.finish(&Settled { seq: parked.position, body_bytes: parked.body_bytes, persistent: parked.durable });
+        }
+        let waiting: Vec<(u64, u32)> = self.attempts.waiting().collect();
+        for (seq, body_bytes) in waiting {
+            purged += 1;
+            self.finish(&Settled { seq, body_bytes, persistent: self.durable });
+        }
         purged
     }
 
-    /// Sets the counts to what an empty ready set means, whatever damaged records had left in them.
-    fn nothing_ready(&mut self) {
-        (self.counts.ready, self.counts.ready_bytes) = (0, 0);
-        (self.durable_count, self.durable_bytes) = (self.unacked_durable, self.unacked_durable_bytes);
-    }
-
-    pub(super) fn delete(&mut self, budget: &Arc<MemoryBudget>) -> DeletedQueue {
-        let ready = self.counts.ready;
+    pub(super) fn delete(&mut self) -> DeletedQueue {
+        let ready = self.counts().ready;
+        let in_store = self.lanes.iter().filter(|lane| lane.in_store).map(|lane| lane.id).collect();
         self.deleted = true;
-        self.log = QueueLog::new(budget.clone());
-        self.counts = Counts::default();
-        (self.unacked_durable, self.unacked_durable_bytes, self.unwritten_durable) = (0, 0, 0);
-        self.nothing_ready();
-        self.unopened = None;
-        DeletedQueue { consumers: self.consumers.take_all(), ready, in_store: self.in_store }
+        self.lanes.clear();
+        self.unacked = Tally::default();
+        self.attempts = Attempts::default();
+        self.checkouts = None;
+        self.groups = None;
+        self.return_order = VecDeque::new();
+        DeletedQueue { consumers: self.consumers.take_all(), ready, in_store }
+    }
+
+    /// The log that holds a level's messages, for reading chunks into it.
+    pub(super) fn log(&mut self, level: u8) -> &mut QueueLog {
+        &mut self.lanes.at_level(level).log
     }
 }
 
-/// What one turn has handed out.
-#[derive(Default)]
-struct HandedOut {
-    messages: usize,
-    bytes: u64,
-    durable: u64,
-    durable_bytes: u64,
-    /// Of the durable ones, those a round has taken.
-    written: u64,
-    first_written: u64,
-    last_written: u64,
-    lost: u64,
+/// Whether a message was dead-lettered after a failed delivery: it counts as redelivered from the start, as in RabbitMQ.
+#[inline]
+fn failed_before(message: &Message<'_>) -> bool {
+    !message.extension.is_empty() && Extension::parse(message.extension).deliveries > 0
 }
 
-impl HandedOut {
-    #[inline]
-    fn add(&mut self, seq: u64, body_bytes: u64, persistent: bool, no_ack: bool, written_to: u64) {
-        self.messages += 1;
-        self.bytes += body_bytes;
-        if persistent {
-            self.durable += 1;
-            self.durable_bytes += body_bytes;
-            if no_ack && seq < written_to {
-                if self.written == 0 {
-                    self.first_written = seq;
-                }
-                self.first_written = self.first_written.min(seq);
-                self.last_written = self.last_written.max(seq);
-                self.written += 1;
-            }
-        }
+/// Adds what is known of failed deliveries to a message's headers.
+pub(super) fn decorate_attempts<'m>(
+    attempts: &Attempts,
+    position: u64,
+    message: &mut Message<'m>,
+    decorated: &'m mut Vec<u8>,
+) {
+    let Some(attempt) = attempts.get(position) else { return };
+    let counts = [("x-acquired-count", i64::from(attempt.returned)), ("x-delivery-count", i64::from(attempt.failed))];
+    let shown = if attempt.failed > 0 { &counts[..] } else { &counts[..1] };
+    delivery_headers::add_counts(message.properties, shown, decorated);
+    message.properties = decorated;
+}
+
+impl Settlement {
+    /// Whether the message goes back to the queue.
+    pub fn is_return(self) -> bool {
+        matches!(self, Settlement::Returned | Settlement::Failed)
     }
 }

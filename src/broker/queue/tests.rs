@@ -18,10 +18,11 @@ use super::{
 };
 use crate::{
     broker::{
+        memory::MemoryBudget,
         message::{Body, encode_names},
         port::{Delivery, DeliveryWriter},
     },
-    store::{CommitHook, StoreOptions},
+    store::{CommitHook, Store, StoreOptions},
 };
 
 // Ports
@@ -97,6 +98,8 @@ impl Port for FakePort {
     fn wake(&self) {}
 
     fn consumer_cancelled(&self, _: Address) {}
+
+    fn consumer_timed_out(&self, _: Address) {}
 }
 
 // Messages
@@ -247,6 +250,18 @@ struct Subject {
     next_slot: u32,
 }
 
+fn plain_queue(
+    durable: bool,
+    id: QueueId,
+    store: &Arc<Store>,
+    budget: &Arc<MemoryBudget>,
+    record: Option<QueueStateRecord>,
+) -> Arc<Queue> {
+    let environment = Environment::new(store.clone(), budget.clone(), Weak::new());
+    let records: Vec<(u8, QueueStateRecord)> = record.into_iter().map(|record| (0, record)).collect();
+    Queue::recovered(options(durable), QueueTraits::default(), QueueRules::default(), id, environment, &records)
+}
+
 fn options(durable: bool) -> QueueOptions {
     let arguments = FieldTable::default();
     QueueOptions { name: "q".into(), vhost: "/".into(), durable, auto_delete: false, exclusive_to: None, arguments }
@@ -275,7 +290,7 @@ impl Subject {
         let failing = Arc::new(Failing::default());
         let (store, _) = open(directory.path(), linger, &failing);
         let budget = Arc::new(MemoryBudget::new(budget_bytes));
-        let queue = Queue::new(options(durable), store.allocate_queue_id(), store.clone(), budget.clone());
+        let queue = plain_queue(durable, store.allocate_queue_id(), &store, &budget, None);
         let events = EventLog::default();
         let getter = FakePort::new(&events);
         Subject {
@@ -444,7 +459,7 @@ impl Subject {
                 self.ready.insert(at, Msg { handed_out: true, ..message });
             }
         }
-        let how = if requeue { Settlement::Requeue } else { Settlement::Done };
+        let how = if requeue { Settlement::Failed } else { Settlement::Acked };
         self.queue.settle(consumer, &settled, how, effects);
     }
 
@@ -511,7 +526,7 @@ impl Subject {
     /// Waits for reads that are under way, then compares everything that can be seen.
     fn settle_down(&mut self) {
         let deadline = Instant::now() + Duration::from_secs(20);
-        while self.queue.state.lock().loading {
+        while self.queue.state.lock().lanes.iter().any(|lane| lane.loading) {
             assert!(Instant::now() < deadline, "a read from the store does not end");
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -524,6 +539,7 @@ impl Subject {
         );
         let held = || self.consumers.iter().flat_map(|consumer| &consumer.held).chain(&self.got);
         let expected = Counts {
+            waiting: 0,
             ready: self.ready.len() as u64,
             ready_bytes: self.ready.iter().map(|message| message.bytes as u64).sum(),
             unacked: held().count() as u64,
@@ -534,7 +550,7 @@ impl Subject {
         if self.durable {
             let durable =
                 self.ready.iter().chain(held().map(|(_, message)| message)).filter(|message| message.persistent);
-            let record = self.queue.open().record();
+            let record = self.queue.open().lanes.at_level(0).record();
             assert_eq!(
                 (record.message_count, record.message_bytes),
                 durable.fold((0, 0), |(count, bytes), message| (count + 1, bytes + message.bytes as u64))
@@ -568,8 +584,8 @@ impl Subject {
         let record = recovered.states.iter().find(|(queue, _)| *queue == id).map(|(_, record)| *record);
         let (store, budget) = (self.store.clone(), self.budget.clone());
         self.queue = match record {
-            Some(record) => Queue::recovered(options(self.durable), id, store, budget, record),
-            None => Queue::new(options(self.durable), id, store, budget),
+            Some(record) => plain_queue(self.durable, id, &store, &budget, Some(record)),
+            None => plain_queue(self.durable, id, &store, &budget, None),
         };
         assert_eq!(self.store.stats().damaged_records, 0);
         self.consumers.clear();
@@ -697,7 +713,7 @@ fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
         .iter()
         .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true })
         .collect();
-    subject.queue.settle(Some(subject.consumers[0].id), &settled, Settlement::Requeue, &mut effects);
+    subject.queue.settle(Some(subject.consumers[0].id), &settled, Settlement::Failed, &mut effects);
     let names = encode_names(b"", b"q");
     let message =
         Message { names: &names, properties: &[0, 0], body: Body::Inline(b"late"), persistent: true, extension: &[] };

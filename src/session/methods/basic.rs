@@ -81,20 +81,25 @@ impl Session {
         let queue = vhost.queue_for(&name, self.id)?;
         check_consumer_arguments(&queue, &consume.arguments)?;
         let priority = consumer_priority(&queue, &consume.arguments)?;
+        let timeout_ms = consumer_timeout(&queue, &consume.arguments)?;
+        if queue.traits.queue_type != QueueType::Classic && self.outbox.channel_prefetch(number) > 0 {
+            return Err(Fault::new(540, format!("{} does not support global qos", queue.resource())));
+        }
         let Some(port) = self.outbox.port() else { return Ok(Answer::None) };
         let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else {
             return Ok(Answer::None);
         };
         let prefetch = self.channels.get(number).map_or(0, |channel| channel.prefetch);
         let to = Address { channel: number, slot };
-        let consumer =
-            match queue.consume(Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch)) {
-                Ok(consumer) => consumer,
-                Err(error) => {
-                    self.outbox.remove_consumer(number, &tag);
-                    return Err(error.into());
-                }
-            };
+        let consumer = match queue.consume(
+            Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch).with_timeout(timeout_ms),
+        ) {
+            Ok(consumer) => consumer,
+            Err(error) => {
+                self.outbox.remove_consumer(number, &tag);
+                return Err(error.into());
+            }
+        };
         // `consume-ok` goes into the outbox before any delivery can.
         self.outbox.start_consumer(number, slot, Some(consumer), &tag, consume.nowait);
         queue.unblock(consumer, &mut self.effects);
@@ -148,6 +153,10 @@ impl Session {
             ));
         }
         let queue = vhost.queue_for(&name, self.id)?;
+        if queue.traits.queue_type == QueueType::Quorum && queue.traits.single_active_consumer {
+            let text = "basic.get operations are not supported by quorum queues with single active consumer";
+            return Err(Fault::new(405, format!("cannot obtain access to locked {}. {text}", queue.resource())));
+        }
         self.check_clogged();
         if !self.hand_out(number, &queue, no_ack) {
             return Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::GetEmpty(basic::GetEmpty {}))));
@@ -174,7 +183,7 @@ impl Session {
             // Before the deliveries that it lets loose.
             self.reply(number, &AMQPClass::Basic(basic::AMQPMethod::RecoverOk(basic::RecoverOk {})));
         }
-        self.apply_settlements(Settlement::Requeue, false);
+        self.apply_settlements(Settlement::Returned, false);
         Ok(Answer::None)
     }
 }
@@ -190,6 +199,17 @@ fn check_consumer_arguments(queue: &Queue, arguments: &FieldTable) -> Result<(),
         406,
         format!("invalid arg '{key}' for queue '{name}' in vhost '{vhost}' of queue type {}", queue_type.module()),
     ))
+}
+
+/// `x-consumer-timeout` in milliseconds, checked as RabbitMQ checks it.
+fn consumer_timeout(queue: &Queue, arguments: &FieldTable) -> Result<Option<u64>, Fault> {
+    const KEY: &str = "x-consumer-timeout";
+    let Some(value) = lookup(arguments, KEY) else { return Ok(None) };
+    let invalid = |error: String| Fault::new(406, format!("invalid arg '{KEY}' for {}: {error}", queue.resource()));
+    match as_integer(value) {
+        None => Err(invalid(format!("\"expected integer, got {}\"", type_name(value)))),
+        Some(ms) => u64::try_from(ms).map(Some).map_err(|_| invalid(format!("{{value_negative,{ms}}}"))),
+    }
 }
 
 /// `x-priority`, checked as RabbitMQ checks it.

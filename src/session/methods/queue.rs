@@ -10,6 +10,7 @@ use crate::{
     auth::{Access, Resource},
     broker::{
         Queue, QueueOptions, REPLY_TO, ReplyRegistry, ReplyTarget,
+        arguments::QueueType,
         binding::{Binding, Destination},
     },
     model::{
@@ -120,6 +121,9 @@ impl Session {
             self.exclusive.retain(|queue| !queue.is_deleted());
             self.exclusive.push(declared.queue.clone());
         }
+        if !declared.created && !declare.nowait {
+            declared.queue.note_use();
+        }
         self.remember_queue(number, &name);
         Ok(Answer::After(declared.round, (!declare.nowait).then(|| declare_ok(&declared.queue))))
     }
@@ -158,6 +162,9 @@ impl Session {
         self.check_any(Resource::Queue, name)?;
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
         let queue = vhost.queue_for(name, self.id)?;
+        if !no_wait {
+            queue.note_use();
+        }
         self.remember_queue(number, &queue.options.name);
         Ok(if no_wait { Answer::None } else { Answer::Now(declare_ok(&queue)) })
     }
@@ -197,6 +204,7 @@ impl Session {
         if vhost.queue(&name).is_some() {
             let queue = vhost.queue_for(&name, self.id)?;
             let (if_unused, if_empty) = (delete.if_unused, delete.if_empty);
+            check_delete_flags(&queue, if_unused, if_empty)?;
             (deleted, round) = vhost.delete_queue(&queue, &mut self.effects, |counts| {
                 vhost.check_delete(&queue, counts, if_unused, if_empty)
             })?;
@@ -206,6 +214,20 @@ impl Session {
         let delete_ok = AMQPClass::Queue(queue::AMQPMethod::DeleteOk(queue::DeleteOk { message_count }));
         Ok(Answer::After(round, (!delete.nowait).then_some(delete_ok)))
     }
+}
+
+/// Quorum queues do not know the flags; streams ignore them.
+fn check_delete_flags(queue: &Queue, if_unused: bool, if_empty: bool) -> Result<(), Fault> {
+    let flag = match (if_unused, if_empty) {
+        (true, _) => "if-unused",
+        (false, true) => "if-empty",
+        (false, false) => return Ok(()),
+    };
+    if queue.traits.queue_type != QueueType::Quorum {
+        return Ok(());
+    }
+    let text = format!("queue.delete operations with {flag} flag set are not supported by quorum queues");
+    Err(Fault::new(540, format!("cannot delete {}. {text}", queue.resource())))
 }
 
 fn short(text: &str) -> ShortString {

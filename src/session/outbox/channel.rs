@@ -73,8 +73,8 @@ impl SettleBatch {
 #[derive(Default)]
 pub struct Remains {
     pub consumers: Vec<(Arc<Queue>, ConsumerId)>,
-    /// Unacked deliveries by queue, oldest first, to be requeued.
-    pub unacked: Vec<(Arc<Queue>, Vec<Settled>)>,
+    /// Unacked deliveries by queue and consumer, oldest first, to be requeued.
+    pub unacked: Vec<(Arc<Queue>, Option<ConsumerId>, Vec<Settled>)>,
 }
 
 impl ChannelOut {
@@ -134,7 +134,7 @@ impl ChannelOut {
                 remains.consumers.push((queue.clone(), consumer));
             }
             if !deliveries.is_empty() {
-                remains.unacked.push((queue, deliveries));
+                remains.unacked.push((queue, consumer, deliveries));
             }
         }
         remains

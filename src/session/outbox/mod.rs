@@ -8,7 +8,7 @@ mod channel;
 mod deliver;
 
 use std::sync::{
-    Arc, Weak,
+    Arc, OnceLock, Weak,
     atomic::{AtomicBool, Ordering},
 };
 
@@ -55,6 +55,9 @@ pub struct Outbox {
     writable: Notify,
     closed: AtomicBool,
     finished: AtomicBool,
+    /// Channels on which a consumer did not settle in time.
+    timed_out: Mutex<Vec<u16>>,
+    attention: OnceLock<Box<dyn Fn() + Send + Sync>>,
     broker: Arc<Broker>,
     this: Weak<Outbox>,
 }
@@ -77,6 +80,8 @@ impl Outbox {
             writable: Notify::new(),
             closed: AtomicBool::new(false),
             finished: AtomicBool::new(false),
+            timed_out: Mutex::default(),
+            attention: OnceLock::new(),
             broker,
             this: this.clone(),
         })
@@ -85,6 +90,16 @@ impl Outbox {
     /// This outbox as queues see it.
     pub fn port(&self) -> Option<Arc<dyn Port>> {
         self.this.upgrade().map(|this| this as Arc<dyn Port>)
+    }
+
+    /// Has `call` called when [`Outbox::take_timed_out`] has something to answer.
+    pub fn on_attention(&self, call: Box<dyn Fn() + Send + Sync>) {
+        let _ = self.attention.set(call);
+    }
+
+    /// The channels that have to be closed because a consumer did not settle in time.
+    pub fn take_timed_out(&self) -> Vec<u16> {
+        std::mem::take(&mut *self.timed_out.lock())
     }
 
     /// Takes over what the handshake has settled.
@@ -301,6 +316,11 @@ impl Outbox {
         }
     }
 
+    /// The bound on unacked deliveries of a whole channel; 0 is none.
+    pub fn channel_prefetch(&self, channel: u16) -> u16 {
+        self.inner.lock().channels.get(channel).map_or(0, |out| out.prefetch)
+    }
+
     /// Sets the channel-wide prefetch and answers consumers that may go on.
     pub fn set_channel_prefetch(&self, channel: u16, prefetch: u16) -> Unblocked {
         let mut unblocked = Vec::new();
@@ -425,6 +445,23 @@ impl Port for Outbox {
             drop(guard);
             self.wake();
         }
+    }
+
+    fn consumer_timed_out(&self, to: Address) {
+        if self.wants_cancels() {
+            self.consumer_cancelled(to);
+            return;
+        }
+        self.timed_out.lock().push(to.channel);
+        if let Some(call) = self.attention.get() {
+            call();
+        }
+    }
+}
+
+impl Outbox {
+    fn wants_cancels(&self) -> bool {
+        self.inner.lock().cancel_notify
     }
 }
 

@@ -1,0 +1,29 @@
+//! What every queue of a broker shares.
+
+use std::sync::{Arc, Weak};
+
+use super::{Broker, memory::MemoryBudget, port::Effects, timers::Timers};
+use crate::store::Store;
+
+/// Store, memory budget and timers of a broker, and the broker itself for what a queue cannot do alone.
+pub struct Environment {
+    pub store: Arc<Store>,
+    pub budget: Arc<MemoryBudget>,
+    pub timers: Timers,
+    broker: Weak<Broker>,
+}
+
+impl Environment {
+    /// An environment; without a broker (in tests), dead letters go nowhere.
+    pub fn new(store: Arc<Store>, budget: Arc<MemoryBudget>, broker: Weak<Broker>) -> Arc<Self> {
+        Arc::new(Environment { store, budget, timers: Timers::default(), broker })
+    }
+
+    /// Does what queues asked for while they were locked. Nothing is locked by the caller.
+    pub fn carry_out(&self, effects: &mut Effects) {
+        match self.broker.upgrade() {
+            Some(broker) => broker.carry_out(effects),
+            None => effects.deliver_and_wake(),
+        }
+    }
+}
