@@ -34,6 +34,22 @@ def server(amqp_url: str) -> Server:
     return Server(properties["product"], tuple(int(number) for number in numbers))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "since(version, feature): the feature came to RabbitMQ with this version; older ones are skipped",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _skip_where_it_is_missing(request: pytest.FixtureRequest) -> None:
+    for marker in request.node.iter_markers("since"):
+        version, feature = marker.args
+        server = request.getfixturevalue("server")
+        if server.is_rabbitmq and server.version < tuple(int(number) for number in version.split(".")):
+            pytest.skip(f"{feature}: since RabbitMQ {version}")
+
+
 @contextmanager
 def patience(connection: BlockingConnection, seconds: float) -> Iterator[None]:
     """Raises if the broker keeps the connection waiting longer; pika itself would wait for ever."""
@@ -139,6 +155,19 @@ def queue(channel: BlockingChannel, name: Callable[..., str]) -> str:
     queue = name("queue")
     channel.queue_declare(queue, durable=True)
     return queue
+
+
+@pytest.fixture
+def declare(channel: BlockingChannel, name: Callable[..., str]) -> Callable[..., str]:
+    """Declares durable queues: `declare("quorum", delivery_limit=3)` has x-delivery-limit."""
+
+    def declare_queue(queue_type: str, **arguments: Any) -> str:
+        queue = name(queue_type)
+        given = {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
+        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": queue_type} | given)
+        return queue
+
+    return declare_queue
 
 
 @pytest.fixture

@@ -190,6 +190,16 @@ def publish(channel: BlockingChannel, queue: str, *bodies: bytes | str, **proper
         channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
 
 
+def publish_confirmed(
+    connection: BlockingConnection, queue: str, *bodies: bytes | str, **properties: Any
+) -> None:
+    """Publishes to a queue one by one; all are in it, in this order, when this returns."""
+    channel = connection.channel()
+    channel.confirm_delivery()
+    publish(channel, queue, *bodies, **properties)
+    channel.close()
+
+
 def get(channel: BlockingChannel, queue: str, auto_ack: bool = False) -> Delivery | None:
     method, properties, body = channel.basic_get(queue, auto_ack=auto_ack)
     return None if method is None else Delivery(method, properties, body)
@@ -253,3 +263,50 @@ def get_eventually(client: RawClient, channel: int, queue: str, no_ack: bool = T
         return answer if answer.name == "basic.get-ok" else None
 
     return eventually(got)
+
+
+class RawConsumer:
+    """A consumer alone on channel 1 of a raw client; pika cancels consumers when a channel closes."""
+
+    def __init__(self, client: RawClient, queue: str, prefetch: int = 0, **options: Any):
+        self.client = client
+        self.deliveries: list[Method] = []
+        client.do(1, "basic.qos", prefetch_count=prefetch)
+        self.tag = client.do(1, "basic.consume", queue=queue, **options).consumer_tag
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [delivery.body for delivery in self.deliveries]
+
+    def wait_for(self, count: int) -> RawConsumer:
+        while len(self.deliveries) < count:
+            self.deliveries.append(self.client.expect("basic.deliver"))
+        return self
+
+    def stay_silent(self, seconds: float = 0.3) -> RawConsumer:
+        self.client.expect_silence(seconds)
+        return self
+
+    def settle(self, method: str, index: int, **fields: Any) -> None:
+        """Settles a delivery: `settle("nack", 0, requeue=True)`."""
+        tag = self.deliveries[index].delivery_tag
+        self.client.send_method(1, f"basic.{method}", delivery_tag=tag, **fields)
+
+    def leave(self, how: str) -> None:
+        """Leaves by "cancel", "channel_close", "connection_close" or "socket_loss"."""
+        match how:
+            case "cancel":
+                self._call("basic.cancel", consumer_tag=self.tag)
+            case "channel_close":
+                self._call("channel.close")
+            case "connection_close":
+                self._call("connection.close", channel=0)
+            case "socket_loss":
+                self.client.disconnect()
+
+    def _call(self, method: str, channel: int = 1, **fields: Any) -> None:
+        """Calls a method that deliveries may come before the answer to."""
+        self.client.send_method(channel, method, **fields)
+        while (received := self.client.read()).name == "basic.deliver":
+            self.deliveries.append(received)
+        assert received.name == f"{method}-ok", received
