@@ -142,6 +142,25 @@ def queue(channel: BlockingChannel, name: Callable[..., str]) -> str:
 
 
 @pytest.fixture
+def declare(channel: BlockingChannel, name: Callable[..., str]) -> Callable[..., str]:
+    """Declares durable queues: `declare(message_ttl=100)` sets `x-message-ttl`; returns the name."""
+
+    def declare_queue(label: str = "queue", **arguments: Any) -> str:
+        queue = name(label)
+        table = {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
+        channel.queue_declare(queue, durable=True, arguments=table)
+        return queue
+
+    return declare_queue
+
+
+@pytest.fixture(params=["classic", "quorum"])
+def queue_type(request: pytest.FixtureRequest) -> str:
+    """For what classic and quorum queues have in common."""
+    return request.param
+
+
+@pytest.fixture
 def dial(amqp_url: str, name: Any) -> Iterator[Callable[[], RawClient]]:
     """Opens sockets on which nothing was said yet."""
     opened: list[RawClient] = []
