@@ -318,12 +318,11 @@ def test_expiration_is_delivered_as_sent(expiration, queue_type, channel, declar
     assert get_one(channel, queue).properties.expiration == expiration
 
 
-@pytest.mark.parametrize("sent, delivered", [("+60000", "60000"), ("0060000", "60000"), ("+0060000", "60000")])
-def test_expiration_is_delivered_in_plain_digits(sent, delivered, client, declare, server):
-    queue = declare()
+@pytest.mark.parametrize("sent", ["+60000", "0060000", "+0060000"])
+def test_expiration_is_delivered_in_plain_digits(sent, client, queue, server):
     client.publish(1, "", queue, b"1", {"expiration": sent})
-    expected = sent if server.is_3x else delivered
-    assert get_eventually(client, 1, queue).properties == {"expiration": expected}
+    delivered = sent if server.is_3x else "60000"
+    assert get_eventually(client, 1, queue).properties == {"expiration": delivered}
 
 
 def test_ttl_of_the_queue_does_not_show_in_the_message(queue_type, channel, declare):

@@ -512,7 +512,8 @@ def test_timestamp_equals_an_integer_of_the_same_value(declarer):
 def test_value_of_another_kind_never_equals_an_integer(value, shown, declarer):
     queue = declarer()
     queue.declare({"x-max-length": 5})
-    queue.finds_inequivalent({"x-max-length": value}, "x-max-length", f"received '{shown}' but current is '5'")
+    difference = f"received '{shown}' but current is '5'"
+    queue.finds_inequivalent({"x-max-length": value}, "x-max-length", difference)
 
 
 def test_byte_array_equals_a_string_of_the_same_bytes(declarer):

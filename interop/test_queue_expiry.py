@@ -263,7 +263,9 @@ def test_consumer_without_room_keeps_the_queue(connection, channel, watched):
 # ---- The end
 
 
-def test_messages_of_an_expired_queue_are_not_dead_lettered(queue_type, channel, connection, watched, declare):
+def test_messages_of_an_expired_queue_are_not_dead_lettered(
+    queue_type, channel, connection, watched, declare
+):
     dead = declare("dead")
     queue, witness = watched(
         queue_type=queue_type, expires=500, dead_letter_exchange="", dead_letter_routing_key=dead
