@@ -159,15 +159,23 @@ def queue(channel: BlockingChannel, name: Callable[..., str]) -> str:
 
 @pytest.fixture
 def declare(channel: BlockingChannel, name: Callable[..., str]) -> Callable[..., str]:
-    """Declares durable queues: `declare("quorum", delivery_limit=3)` has x-delivery-limit."""
+    """Declares durable queues: `declare(message_ttl=100)` sets `x-message-ttl`, `declare("quorum")` the type."""
 
-    def declare_queue(queue_type: str, **arguments: Any) -> str:
-        queue = name(queue_type)
-        given = {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
-        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": queue_type} | given)
+    def declare_queue(label: str = "queue", **arguments: Any) -> str:
+        queue = name(label)
+        table = {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
+        if label in ("classic", "quorum", "stream"):
+            table = {"x-queue-type": label} | table
+        channel.queue_declare(queue, durable=True, arguments=table)
         return queue
 
     return declare_queue
+
+
+@pytest.fixture(params=["classic", "quorum"])
+def queue_type(request: pytest.FixtureRequest) -> str:
+    """For what classic and quorum queues have in common."""
+    return request.param
 
 
 @pytest.fixture

@@ -127,6 +127,24 @@ def eventually(check: Callable[[], Any], within: float = 5.0) -> Any:
         time.sleep(0.02)
 
 
+def never(check: Callable[[], Any], during: float = 0.3) -> None:
+    """Polls `check`, which must not return anything true this long."""
+    deadline = time.monotonic() + during
+    while time.monotonic() < deadline:
+        result = check()
+        assert not result, result
+        time.sleep(0.02)
+
+
+@contextmanager
+def takes_at_least(milliseconds: float) -> Iterator[None]:
+    """The body must not be done sooner."""
+    begun = time.monotonic()
+    yield
+    took = (time.monotonic() - begun) * 1000
+    assert took >= milliseconds, f"done after {took:.1f} ms"
+
+
 # ---- Steps through pika
 
 
@@ -310,3 +328,35 @@ class RawConsumer:
         while (received := self.client.read()).name == "basic.deliver":
             self.deliveries.append(received)
         assert received.name == f"{method}-ok", received
+
+
+class Confirms:
+    """Which publish numbers the broker has settled; checks that none is settled twice."""
+
+    def __init__(self, client: RawClient, channel: int = 1):
+        self.client = client
+        self.channel = channel
+        self.outstanding: set[int] = set()
+        self.acked: set[int] = set()
+        self.nacked: set[int] = set()
+
+    def expect(self, *numbers: int) -> Confirms:
+        """From now on these are waited for."""
+        self.outstanding |= set(numbers)
+        return self
+
+    def take(self, method: Method) -> None:
+        assert method.name in ("basic.ack", "basic.nack"), method
+        assert method.channel == self.channel
+        tag = method.delivery_tag
+        settled = {n for n in self.outstanding if n <= tag} if method.multiple else {tag}
+        assert settled, f"{method} settles nothing"
+        assert settled <= self.outstanding, f"{method} but waiting for {self.outstanding}"
+        self.outstanding -= settled
+        (self.acked if method.name == "basic.ack" else self.nacked).update(settled)
+
+    def wait(self, within: float = 10) -> Confirms:
+        deadline = time.monotonic() + within
+        while self.outstanding:
+            self.take(self.client.read(deadline - time.monotonic()))
+        return self

@@ -1,45 +1,11 @@
 """Publisher confirms: numbering, order against returns, and what gets confirmed when."""
 
-import time
-
 import pytest
 
-from helpers import drain, expect_channel_close, get_one
+from helpers import Confirms, drain, expect_channel_close, get_one
 from raw import publish_frames
 
 PERSISTENT = {"delivery_mode": 2}
-
-
-class Confirms:
-    """Which publish numbers the broker has settled; checks that none is settled twice."""
-
-    def __init__(self, client, channel=1):
-        self.client = client
-        self.channel = channel
-        self.outstanding = set()
-        self.acked = set()
-        self.nacked = set()
-
-    def expect(self, *numbers):
-        """From now on these are waited for."""
-        self.outstanding |= set(numbers)
-        return self
-
-    def take(self, method):
-        assert method.name in ("basic.ack", "basic.nack"), method
-        assert method.channel == self.channel
-        tag = method.delivery_tag
-        settled = {n for n in self.outstanding if n <= tag} if method.multiple else {tag}
-        assert settled, f"{method} settles nothing"
-        assert settled <= self.outstanding, f"{method} but waiting for {self.outstanding}"
-        self.outstanding -= settled
-        (self.acked if method.name == "basic.ack" else self.nacked).update(settled)
-
-    def wait(self, within=10):
-        deadline = time.monotonic() + within
-        while self.outstanding:
-            self.take(self.client.read(deadline - time.monotonic()))
-        return self
 
 
 @pytest.fixture
