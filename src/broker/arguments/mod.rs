@@ -1,90 +1,67 @@
 //! The `x-` arguments of a queue: what a declaration may say, and what a redeclaration must repeat.
 //!
-//! Texts and order are RabbitMQ's (`rabbit_amqqueue:check_declare_arguments`, `assert_args_equivalence`).
+//! Texts and order are RabbitMQ 4.3's (`rabbit_amqqueue:check_declare_arguments`, `assert_args_equivalence`, and each
+//! type's `capabilities` and `declare`). What an argument does is [`super::rules`]' affair.
+
+mod check;
+mod table;
+
+#[cfg(test)]
+mod tests;
 
 use amq_protocol::types::{AMQPValue, FieldTable};
 
+pub use self::{
+    check::{MAX_TIME_MS, max_age_ms},
+    table::{FILTER_BYTES, MAX_SEGMENT_BYTES},
+};
 use super::{BrokerError, queue::QueueOptions};
 use crate::model::{
     ResourceName,
-    arguments::{as_integer, as_longstr, check_argument, check_flag, exchange_name_argument, lookup, type_name},
+    arguments::{
+        InequivalentArgument, as_integer, as_longstr, check_argument, check_flag, exchange_name_argument, lookup,
+    },
     erlang,
 };
 
-/// RabbitMQ's bound on times: about ten years, in milliseconds.
-const MAX_TIME_MS: i64 = 315_360_000_000;
-
-enum Rule {
-    Integer { min: i64, max: i64 },
-    Text,
-    OneOf(&'static [&'static str], &'static str),
-    Bool,
-    Version2,
-    Any,
-}
-
-/// Arguments of an ordinary queue, in the order RabbitMQ checks and compares them.
-const RULES: &[(&str, Rule)] = &[
-    ("x-queue-type", Rule::Any),
-    ("x-expires", Rule::Integer { min: 1, max: MAX_TIME_MS }),
-    ("x-message-ttl", Rule::Integer { min: 0, max: MAX_TIME_MS }),
-    ("x-dead-letter-exchange", Rule::Text),
-    ("x-dead-letter-routing-key", Rule::Text),
-    ("x-max-length", Rule::Integer { min: 0, max: i64::MAX }),
-    ("x-max-length-bytes", Rule::Integer { min: 0, max: i64::MAX }),
-    ("x-overflow", Rule::OneOf(&["drop-head", "reject-publish", "reject-publish-dlx"], "invalid_overflow")),
-    ("x-max-priority", Rule::Integer { min: 0, max: 255 }),
-    ("x-queue-mode", Rule::Any),
-    ("x-queue-version", Rule::Version2),
-    ("x-single-active-consumer", Rule::Bool),
-    (
-        "x-queue-leader-locator",
-        Rule::OneOf(&["client-local", "balanced", "random", "least-leaders"], "invalid_queue_locator_arg"),
-    ),
-];
-
-/// Arguments that a queue type does not know, though another does.
-const FOREIGN_TO_CLASSIC: &[&str] = &[
-    "x-dead-letter-strategy",
-    "x-delivery-limit",
-    "x-max-in-memory-length",
-    "x-max-in-memory-bytes",
-    "x-quorum-initial-group-size",
-    "x-consumer-timeout",
-    "x-max-age",
-    "x-stream-max-segment-size-bytes",
-    "x-stream-filter-size-bytes",
-    "x-initial-cluster-size",
-];
-const FOREIGN_TO_QUORUM: &[&str] = &[
-    "x-max-priority",
-    "x-queue-mode",
-    "x-queue-version",
-    "x-max-age",
-    "x-stream-max-segment-size-bytes",
-    "x-stream-filter-size-bytes",
-    "x-initial-cluster-size",
-];
+const QUEUE_TYPE: &str = "x-queue-type";
+const SEGMENT_SIZE: &str = "x-stream-max-segment-size-bytes";
+const FILTER_SIZE: &str = "x-stream-filter-size-bytes";
 
 /// The type a queue's arguments ask for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum QueueType {
+    #[default]
     Classic,
     Quorum,
     Stream,
 }
 
 impl QueueType {
+    pub const ALL: [QueueType; 3] = [QueueType::Classic, QueueType::Quorum, QueueType::Stream];
+
     /// Reads `x-queue-type`; whatever it does not know is classic.
+    #[must_use]
     pub fn of(arguments: &FieldTable) -> Self {
-        match lookup(arguments, "x-queue-type").and_then(as_longstr) {
-            Some(b"quorum") => QueueType::Quorum,
-            Some(b"stream") => QueueType::Stream,
-            _ => QueueType::Classic,
+        lookup(arguments, QUEUE_TYPE).and_then(as_longstr).and_then(Self::parse).unwrap_or_default()
+    }
+
+    fn parse(name: &[u8]) -> Option<Self> {
+        Self::ALL.into_iter().find(|queue_type| queue_type.name().as_bytes() == name)
+    }
+
+    /// The value of `x-queue-type`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            QueueType::Classic => "classic",
+            QueueType::Quorum => "quorum",
+            QueueType::Stream => "stream",
         }
     }
 
     /// RabbitMQ's module, which its texts name.
+    #[must_use]
     pub fn module(self) -> &'static str {
         match self {
             QueueType::Classic => "rabbit_classic_queue",
@@ -93,13 +70,114 @@ impl QueueType {
         }
     }
 
-    fn foreign(self) -> &'static [&'static str] {
-        match self {
-            QueueType::Classic => FOREIGN_TO_CLASSIC,
-            QueueType::Quorum => FOREIGN_TO_QUORUM,
-            QueueType::Stream => &[],
+    /// Whether a queue of this type can have these properties.
+    fn suits(self, options: &QueueOptions) -> bool {
+        self == QueueType::Classic || (options.durable && options.exclusive_to.is_none() && !options.auto_delete)
+    }
+}
+
+/// Puts the type into the arguments of a declaration that leaves it open: `default` if the queue's properties suit it,
+/// else classic. `x-queue-type` counts as left open when it is missing, empty or `undefined`.
+pub fn complete_queue_type(options: &mut QueueOptions, default: QueueType) {
+    let open = lookup(&options.arguments, QUEUE_TYPE)
+        .is_none_or(|value| matches!(as_longstr(value), Some(b"" | b"undefined")));
+    if open {
+        let queue_type = if default.suits(options) { default } else { QueueType::Classic };
+        options.arguments.insert(QUEUE_TYPE.into(), AMQPValue::LongString(queue_type.name().into()));
+    }
+}
+
+/// Checks the arguments of a queue that is about to be created.
+///
+/// # Errors
+/// 406 with RabbitMQ's text for a wrong type, value or combination, or an argument of another queue type.
+pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
+    exchange_name_argument(resource, "x-dead-letter-exchange", arguments)
+        .map_err(|error| BrokerError::InvalidArgument(error.to_string()))?;
+    let invalid =
+        |key: &str, error: String| BrokerError::InvalidArgument(format!("invalid arg '{key}' for {resource}: {error}"));
+    if let Some(value) = lookup(arguments, QUEUE_TYPE) {
+        check_queue_type(value).map_err(|error| invalid(QUEUE_TYPE, error))?;
+    }
+    let queue_type = QueueType::of(arguments);
+    for (key, check) in table::CHECKS {
+        if let Some(value) = lookup(arguments, key)
+            && table::known_to(queue_type).any(|known| known == *key)
+        {
+            check.check(value, arguments).map_err(|error| invalid(key, error))?;
         }
     }
+    // RabbitMQ names the first in the order the client sent; ours come sorted.
+    if let Some((key, _)) = arguments.into_iter().find(|(key, _)| table::is_foreign(key.as_str(), queue_type)) {
+        let text = format!("invalid arg '{key}' for {resource} of queue type {}", queue_type.module());
+        return Err(BrokerError::InvalidArgument(text));
+    }
+    Ok(())
+}
+
+fn check_queue_type(value: &AMQPValue) -> Result<(), String> {
+    match as_longstr(value) {
+        Some(b"" | b"undefined") => Ok(()),
+        Some(name) if QueueType::parse(name).is_some() => Ok(()),
+        Some(other) => Err(format!("\"unsupported queue type '{}'\"", erlang::text(other))),
+        None => Err(check::unacceptable(value)),
+    }
+}
+
+/// Refuses a type that this version does not serve, in the words for one that does not exist.
+///
+/// # Errors
+/// 406 for streams.
+pub fn check_served(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
+    match QueueType::of(arguments) {
+        QueueType::Classic | QueueType::Quorum => Ok(()),
+        QueueType::Stream => Err(BrokerError::InvalidArgument(format!(
+            "invalid arg '{QUEUE_TYPE}' for {resource}: \"unsupported queue type 'stream'\""
+        ))),
+    }
+}
+
+/// Checks what a type demands of a queue beyond its arguments' types: quorum queues and streams are durable, not
+/// exclusive and not deleted by themselves, and a stream's segments and filters have bounds.
+///
+/// # Errors
+/// 406 `invalid property …` and so on.
+pub fn check_properties(options: &QueueOptions) -> Result<(), BrokerError> {
+    let queue_type = QueueType::of(&options.arguments);
+    if queue_type == QueueType::Classic {
+        return Ok(());
+    }
+    let refused = [
+        (options.auto_delete, "auto-delete"),
+        (options.exclusive_to.is_some(), "exclusive-owner"),
+        (!options.durable, "non-durable"),
+    ];
+    if let Some((_, property)) = refused.into_iter().find(|(refused, _)| *refused) {
+        let resource = ResourceName::queue(&options.name, &options.vhost);
+        return Err(BrokerError::InvalidArgument(format!("invalid property '{property}' for {resource}")));
+    }
+    if queue_type == QueueType::Stream {
+        let number = |key| lookup(&options.arguments, key).and_then(as_integer);
+        if number(SEGMENT_SIZE).is_some_and(|bytes| bytes > MAX_SEGMENT_BYTES) {
+            return Err(BrokerError::InvalidArgument(format!("Exceeded max value for {SEGMENT_SIZE}")));
+        }
+        if number(FILTER_SIZE).is_some_and(|bytes| !FILTER_BYTES.contains(&bytes)) {
+            return Err(BrokerError::InvalidArgument(format!("Invalid value for {FILTER_SIZE}")));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses to find a name for a queue whose type wants one from its client.
+///
+/// # Errors
+/// 406 for quorum queues and streams.
+pub fn check_server_named(queue_type: QueueType) -> Result<(), BrokerError> {
+    if queue_type == QueueType::Classic {
+        return Ok(());
+    }
+    let text = format!("Cannot declare a server-named queue for type {}", queue_type.module());
+    Err(BrokerError::InvalidArgument(text))
 }
 
 /// Arguments this version accepts without acting on them; a declaration that uses one is logged.
@@ -115,148 +193,30 @@ const WITHOUT_EFFECT: &[&str] = &[
     "x-single-active-consumer",
     "x-delivery-limit",
     "x-consumer-timeout",
+    "x-delayed-retry-type",
+    "x-delayed",
+    "x-retry",
+    "x-message-group",
+    "x-message-deduplication",
 ];
-
-/// Checks the arguments of a queue that is about to be created.
-///
-/// # Errors
-/// 406 with RabbitMQ's text for a wrong type, value or combination.
-pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
-    exchange_name_argument(resource, "x-dead-letter-exchange", arguments)
-        .map_err(|error| BrokerError::InvalidArgument(error.to_string()))?;
-    let invalid =
-        |key: &str, error: String| BrokerError::InvalidArgument(format!("invalid arg '{key}' for {resource}: {error}"));
-    if let Some(value) = lookup(arguments, "x-queue-type") {
-        check_queue_type(value).map_err(|error| invalid("x-queue-type", error))?;
-    }
-    for (key, rule) in RULES {
-        if let Some(value) = lookup(arguments, key) {
-            rule.check(value).map_err(|error| invalid(key, error))?;
-        }
-    }
-    let queue_type = QueueType::of(arguments);
-    if let Some(key) = queue_type.foreign().iter().find(|key| arguments.contains_key(key)) {
-        let text = format!("invalid arg '{key}' for {resource} of queue type {}", queue_type.module());
-        return Err(BrokerError::InvalidArgument(text));
-    }
-    if lookup(arguments, "x-dead-letter-routing-key").is_some() && lookup(arguments, "x-dead-letter-exchange").is_none()
-    {
-        return Err(invalid("x-dead-letter-routing-key", "routing_key_but_no_dlx_defined".into()));
-    }
-    Ok(())
-}
 
 /// The arguments of a declaration that this version keeps, shows and compares, but does not act on.
 pub fn arguments_without_effect(arguments: &FieldTable) -> Vec<&'static str> {
     WITHOUT_EFFECT.iter().copied().filter(|key| arguments.contains_key(key)).collect()
 }
 
-fn check_queue_type(value: &AMQPValue) -> Result<(), String> {
-    match as_longstr(value) {
-        Some(b"classic" | b"quorum" | b"" | b"undefined") => Ok(()),
-        Some(other) => Err(format!("\"unsupported queue type '{}'\"", erlang::text(other))),
-        None => Err(format!("{{unacceptable_type,{}}}", type_name(value))),
-    }
-}
-
-impl Rule {
-    fn check(&self, value: &AMQPValue) -> Result<(), String> {
-        match self {
-            Rule::Any => Ok(()),
-            Rule::Integer { min, max } => {
-                let number = as_integer(value).ok_or_else(|| expected_integer(value))?;
-                match number {
-                    n if n < 0 => Err(format!("{{value_negative,{n}}}")),
-                    n if n < *min => Err(format!("{{value_zero,{n}}}")),
-                    n if n > *max && *max == 255 => Err(format!("{{max_value_exceeded,{n}}}")),
-                    n if n > *max => Err(format!("{{value_too_large,{n}}}")),
-                    _ => Ok(()),
-                }
-            }
-            Rule::Text => as_longstr(value).map(|_| ()).ok_or_else(|| unacceptable(value)),
-            Rule::OneOf(allowed, error) => match as_longstr(value) {
-                Some(text) if allowed.iter().any(|word| word.as_bytes() == text) => Ok(()),
-                Some(_) => Err((*error).into()),
-                None => Err(unacceptable(value)),
-            },
-            Rule::Bool => match value {
-                AMQPValue::Boolean(_) => Ok(()),
-                other => Err(unacceptable(other)),
-            },
-            Rule::Version2 => match as_integer(value) {
-                Some(1 | 2) => Ok(()),
-                Some(other) => Err(format!("\"unsupported queue version '{other}'\"")),
-                None => Err(expected_integer(value)),
-            },
-        }
-    }
-}
-
-fn expected_integer(value: &AMQPValue) -> String {
-    format!("\"expected integer, got {}\"", type_name(value))
-}
-
-fn unacceptable(value: &AMQPValue) -> String {
-    format!("{{unacceptable_type,{}}}", type_name(value))
-}
-
-/// Checks that a redeclaration means the queue that is there. Exclusivity was checked before.
+/// Checks that a redeclaration means the queue that is there: the properties, then every argument that the type of the
+/// queue that is there knows. Exclusivity was checked before; arguments that the type does not know are not compared.
 ///
 /// # Errors
 /// 406 `inequivalent arg …`.
 pub fn check_equivalent(current: &QueueOptions, new: &QueueOptions) -> Result<(), BrokerError> {
     let resource = ResourceName::queue(&current.name, &current.vhost);
-    let inequivalent =
-        |error: crate::model::arguments::InequivalentArgument| BrokerError::InvalidArgument(error.to_string());
+    let inequivalent = |error: InequivalentArgument| BrokerError::InvalidArgument(error.to_string());
     check_flag(&resource, "durable", current.durable, new.durable).map_err(inequivalent)?;
     check_flag(&resource, "auto_delete", current.auto_delete, new.auto_delete).map_err(inequivalent)?;
-    let (current_arguments, new_arguments) = (with_type(&current.arguments), with_type(&new.arguments));
-    for (key, _) in RULES {
-        check_argument(&resource, key, &current_arguments, &new_arguments).map_err(inequivalent)?;
+    for key in table::known_to(QueueType::of(&current.arguments)) {
+        check_argument(&resource, key, &current.arguments, &new.arguments).map_err(inequivalent)?;
     }
     Ok(())
-}
-
-/// The arguments with the type that a missing `x-queue-type` means.
-fn with_type(arguments: &FieldTable) -> FieldTable {
-    let mut arguments = arguments.clone();
-    if lookup(&arguments, "x-queue-type").is_none() {
-        arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
-    }
-    arguments
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn refused(key: &str, value: AMQPValue) -> String {
-        let mut arguments = FieldTable::default();
-        arguments.insert(key.into(), value);
-        let resource = ResourceName::queue("q", &"/".into());
-        check_queue_arguments(&resource, &arguments).map_or_else(|error| error.to_string(), |()| "accepted".into())
-    }
-
-    #[test]
-    fn wrong_values_are_refused_in_rabbitmqs_words() {
-        let text = |text: &str| AMQPValue::LongString(text.into());
-        for (key, value, expected) in [
-            ("x-message-ttl", text("1"), "\"expected integer, got longstr\""),
-            ("x-message-ttl", AMQPValue::LongInt(-1), "{value_negative,-1}"),
-            ("x-expires", AMQPValue::LongInt(0), "{value_zero,0}"),
-            ("x-expires", AMQPValue::LongLongInt(MAX_TIME_MS + 1), "{value_too_large,315360000001}"),
-            ("x-max-priority", AMQPValue::LongInt(256), "{max_value_exceeded,256}"),
-            ("x-overflow", text("explode"), "invalid_overflow"),
-            ("x-single-active-consumer", text("true"), "{unacceptable_type,longstr}"),
-            ("x-dead-letter-routing-key", text("k"), "routing_key_but_no_dlx_defined"),
-            ("x-queue-type", text("foo"), "\"unsupported queue type 'foo'\""),
-        ] {
-            assert_eq!(refused(key, value), format!("invalid arg '{key}' for queue 'q' in vhost '/': {expected}"));
-        }
-        assert_eq!(refused("x-anything", AMQPValue::Void), "accepted");
-        assert_eq!(
-            refused("x-dead-letter-exchange", AMQPValue::LongInt(1)),
-            "invalid type 'signedint' for arg 'x-dead-letter-exchange' in queue 'q' in vhost '/'"
-        );
-    }
 }
