@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::{
     auth::Authenticator,
-    broker::{Broker, BrokerLimits},
+    broker::{Broker, BrokerLimits, BrokerSettings, QueueSettings, rules::RuleDefaults},
     config::{Config, Durability},
     net::{Listener, Registry, Shared, keep_deadlines, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
@@ -68,7 +68,7 @@ impl Server {
             memory_budget_bytes: usize::try_from(config.memory_budget_bytes).unwrap_or(usize::MAX),
             disk_free_limit_bytes: config.disk_free_limit_bytes,
         };
-        let broker = Broker::new(store.clone(), recovered, limits);
+        let broker = Broker::with_settings(store.clone(), recovered, limits, settings(&config));
         broker.sweep(); // an alarm that is due stands before the first client does
         for vhost in &config.vhosts {
             store.durable(broker.ensure_vhost(vhost)).await?;
@@ -81,6 +81,7 @@ impl Server {
             initial_frame_max: config.amqp.initial_frame_max_bytes,
             heartbeat_secs: config.amqp.heartbeat_secs,
             max_message_bytes: config.amqp.max_message_size_bytes,
+            permit_global_qos: config.compatibility.permit_global_qos,
         });
         let registry = Arc::new(Registry::default());
         let shared = Arc::new(Shared {
@@ -126,6 +127,24 @@ impl Server {
                 Ok(())
             }
         }
+    }
+}
+
+/// What the configuration says about queues and policies, in the broker's words.
+fn settings(config: &Config) -> BrokerSettings {
+    let timeout_ms = |timeout: Duration| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    let policies = config.policies.iter();
+    BrokerSettings {
+        queues: QueueSettings {
+            default_type: config.queues.default_type,
+            rules: RuleDefaults {
+                consumer_timeout_ms: config.queues.consumer_timeout.map(timeout_ms),
+                delivery_limit: config.queues.delivery_limit,
+                parking: config.queues.parking,
+            },
+            permit_transient_nonexclusive: config.compatibility.permit_transient_nonexclusive_queues,
+        },
+        policies: policies.map(|entry| (entry.vhost.as_str().into(), Arc::new(entry.policy.clone()))).collect(),
     }
 }
 

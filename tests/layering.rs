@@ -19,7 +19,7 @@ const TABLE: &[(&str, &[&str], &[&str])] = &[
     ("metrics", &[], &[]),
     ("broker", &["model", "store", "clock", "metrics"], &["tokio::net"]),
     ("auth", &["model", "store"], &[]),
-    ("config", &["auth"], &[]),
+    ("config", &["auth", "broker::policy", "broker::arguments::QueueType"], &[]),
     ("telemetry", &["config"], &[]),
     ("session", &["model", "wire", "broker", "auth", "clock", "metrics"], &["tokio::net", "tokio::spawn"]),
     ("net", &["session", "wire", "config", "metrics", "clock", "broker::Broker"], &[]),

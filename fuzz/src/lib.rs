@@ -119,6 +119,7 @@ impl Lab {
             initial_frame_max: FRAME_MAX,
             heartbeat_secs: 60,
             max_message_bytes: MAX_MESSAGE_BYTES,
+            permit_global_qos: true,
         };
         let auth = Arc::new(Authenticator::new([guest], []));
         let context = ConnectionContext { broker: broker.clone(), auth, limits: Arc::new(limits) };
@@ -1244,6 +1245,7 @@ fn client_of(broker: &Arc<Broker>) -> (ConnectionContext, IpAddr) {
         initial_frame_max: FRAME_MAX,
         heartbeat_secs: 60,
         max_message_bytes: MAX_MESSAGE_BYTES,
+        permit_global_qos: true,
     };
     let auth = Arc::new(Authenticator::new([guest], []));
     (ConnectionContext { broker: broker.clone(), auth, limits: Arc::new(limits) }, IpAddr::V4(Ipv4Addr::LOCALHOST))

@@ -1,7 +1,8 @@
 //! Definitions as the store keeps them: one record each, with a version octet in front.
 //!
-//! Keys begin with the kind (`v` vhost, `x` exchange, `q` queue, `b` binding) and hold what identifies the thing; values
-//! hold the rest. Strings and tables carry their length as `u32`, big-endian; tables are in AMQP's own encoding.
+//! Keys begin with the kind (`v` vhost, `x` exchange, `q` queue, `b` binding, `p` policy, `o` operator policy) and hold
+//! what identifies the thing; values hold the rest. Strings and tables carry their length as `u32`, big-endian; tables are
+//! in AMQP's own encoding, policies in JSON.
 
 use amq_protocol::{
     frame::WriteContext,
@@ -11,6 +12,7 @@ use amq_protocol::{
 use super::{
     binding::{Binding, Destination},
     exchange::{Exchange, ExchangeKind, ExchangeOptions},
+    policy::{Policy, PolicyKind},
     queue::QueueOptions,
 };
 use crate::{model::Name, store::QueueId};
@@ -24,6 +26,7 @@ pub enum Definition {
     Exchange { vhost: Name, exchange: Exchange },
     Queue { id: QueueId, options: QueueOptions },
     Binding { vhost: Name, binding: Binding },
+    Policy { vhost: Name, policy: Policy },
 }
 
 /// A definition that cannot be read: damaged, or written by a later version.
@@ -145,6 +148,20 @@ pub fn binding_value() -> Vec<u8> {
     Writer::value().0
 }
 
+/// Key of a policy.
+pub fn policy_key(vhost: &str, kind: PolicyKind, name: &str) -> Vec<u8> {
+    let kind = match kind {
+        PolicyKind::User => b'p',
+        PolicyKind::Operator => b'o',
+    };
+    Writer::key(kind).bytes(vhost.as_bytes()).bytes(name.as_bytes()).0
+}
+
+/// Value of a policy.
+pub fn policy_value(policy: &Policy) -> Vec<u8> {
+    Writer::value().bytes(policy.to_json().to_string().as_bytes()).0
+}
+
 /// Reads a definition back.
 ///
 /// # Errors
@@ -183,8 +200,16 @@ pub fn decode(key: &[u8], value: &[u8]) -> Result<Definition, Undecodable> {
                 binding: Binding { source, destination, key: binding_key, arguments: key.table()? },
             })
         }
+        b'p' => decode_policy(vhost, PolicyKind::User, &key.name()?, value.bytes()?),
+        b'o' => decode_policy(vhost, PolicyKind::Operator, &key.name()?, value.bytes()?),
         _ => Err(Undecodable),
     }
+}
+
+fn decode_policy(vhost: Name, kind: PolicyKind, name: &str, json: &[u8]) -> Result<Definition, Undecodable> {
+    let object = serde_json::from_slice(json).map_err(|_| Undecodable)?;
+    let policy = Policy::from_json(kind, name, &object).map_err(|_| Undecodable)?;
+    Ok(Definition::Policy { vhost, policy })
 }
 
 #[cfg(test)]
@@ -227,5 +252,21 @@ mod tests {
             assert!(decode(&key[..cut], &binding_value()).is_err());
         }
         assert!(decode(&key, &[VERSION + 1]).is_err());
+    }
+
+    #[test]
+    fn policies_of_both_kinds_survive_the_round_trip() {
+        let object = serde_json::json!({
+            "pattern": "^é", "definition": {"max-length": 5, "overflow": "drop-head"}, "priority": -3, "apply-to": "queues",
+        });
+        for kind in [PolicyKind::User, PolicyKind::Operator] {
+            let policy = Policy::from_json(kind, "p\0é", &object).unwrap();
+            let (key, value) = (policy_key("v", kind, &policy.name), policy_value(&policy));
+            let Ok(Definition::Policy { vhost, policy: read }) = decode(&key, &value) else { panic!("not a policy") };
+            assert_eq!((&*vhost, read), ("v", policy));
+            for cut in 0..value.len() {
+                assert!(decode(&key, &value[..cut]).is_err());
+            }
+        }
     }
 }

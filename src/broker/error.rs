@@ -24,6 +24,12 @@ pub enum BrokerError {
     ReservedQueueName { queue: Name },
     #[error("{0}")]
     InvalidArgument(String),
+    /// RabbitMQ calls the whole connection off for what it does not permit any more. The text begins with its, of which
+    /// clients never see more.
+    #[error(
+        "Feature `{feature}` is deprecated.\nBy default, this feature is not permitted anymore.\nThe feature will be removed from a future major RabbitMQ version, regardless of the configuration; actual version to be determined.\nTo continue using this feature, set `{setting} = true` in the configuration."
+    )]
+    NotPermitted { feature: &'static str, setting: &'static str },
     /// The store refuses durable work.
     #[error("the message store has failed: {reason}")]
     Store { reason: String },
@@ -38,7 +44,7 @@ impl BrokerError {
             BrokerError::QueueLocked { .. } => 405,
             BrokerError::QueueInExclusiveUse { .. } | BrokerError::ReservedQueueName { .. } => 403,
             BrokerError::QueueInUse { .. } | BrokerError::QueueNotEmpty { .. } | BrokerError::InvalidArgument(_) => 406,
-            BrokerError::Store { .. } => 541,
+            BrokerError::NotPermitted { .. } | BrokerError::Store { .. } => 541,
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod exchange;
 pub mod extension;
 mod memory;
 mod message;
+pub mod policy;
 mod port;
 mod queue;
 mod reply;
@@ -40,11 +41,15 @@ pub use self::{
         Settled, Settlement,
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
-    vhost::{DeclaredQueue, Route, Vhost},
+    vhost::{DeclaredQueue, PolicyError, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
 
-use self::{definitions::Definition, environment::Environment};
+use self::{
+    definitions::Definition,
+    environment::Environment,
+    policy::{Policy, PolicyKind},
+};
 use crate::{
     clock,
     model::Name,
@@ -60,6 +65,14 @@ pub struct BrokerLimits {
     pub disk_free_limit_bytes: u64,
 }
 
+/// How the broker treats queues where clients leave it open, and the policies that are not theirs to change.
+#[derive(Clone, Debug, Default)]
+pub struct BrokerSettings {
+    pub queues: QueueSettings,
+    /// By vhost. They are not stored, and hide stored ones of the same kind and name.
+    pub policies: Vec<(Name, Arc<Policy>)>,
+}
+
 /// Sweeps in a row that may find the memory budget exhausted before that is an alarm: paging gets its chance first.
 const EXHAUSTED_SWEEPS: u32 = 8;
 
@@ -72,6 +85,7 @@ pub struct Broker {
     environment: Arc<Environment>,
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
+    settings: BrokerSettings,
     disk_free_limit_bytes: u64,
     alarms: Alarms,
     exhausted_sweeps: AtomicU32,
@@ -80,14 +94,25 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// A broker over an open store, with what the store has recovered.
+    /// A broker over an open store, with what the store has recovered and the default settings.
     pub fn new(store: Arc<Store>, recovered: Recovered, limits: BrokerLimits) -> Arc<Self> {
+        Self::with_settings(store, recovered, limits, BrokerSettings::default())
+    }
+
+    /// [`Broker::new`] with settings.
+    pub fn with_settings(
+        store: Arc<Store>,
+        recovered: Recovered,
+        limits: BrokerLimits,
+        settings: BrokerSettings,
+    ) -> Arc<Self> {
         let budget = Arc::new(MemoryBudget::new(limits.memory_budget_bytes));
         let broker = Arc::new_cyclic(|this| Broker {
             vhosts: DashMap::new(),
             environment: Environment::new(store.clone(), budget.clone(), this.clone()),
             store,
             budget,
+            settings,
             disk_free_limit_bytes: limits.disk_free_limit_bytes,
             alarms: Alarms::default(),
             exhausted_sweeps: AtomicU32::new(0),
@@ -101,13 +126,16 @@ impl Broker {
         let mut states: AHashMap<QueueId, _> = recovered.states.into_iter().collect();
         let mut bindings = Vec::new();
         let mut queues = Vec::new();
+        let mut exchanges = Vec::new();
         let mut unreadable = recovered.damaged_definitions;
         for (key, value) in &recovered.definitions {
             match definitions::decode(key, value) {
                 Ok(Definition::Vhost(name)) => {
                     self.vhost_or_new(&name);
                 }
-                Ok(Definition::Exchange { vhost, exchange }) => self.vhost_or_new(&vhost).restore_exchange(exchange),
+                // Before everything they apply to.
+                Ok(Definition::Policy { vhost, policy }) => self.vhost_or_new(&vhost).restore_policy(policy),
+                Ok(Definition::Exchange { vhost, exchange }) => exchanges.push((vhost, exchange)),
                 Ok(Definition::Queue { id, options }) => queues.push((id, options)),
                 Ok(Definition::Binding { vhost, binding }) => bindings.push((vhost, binding)),
                 Err(error) => {
@@ -115,6 +143,9 @@ impl Broker {
                     tracing::error!(key = %key.escape_ascii(), %error, "definition skipped");
                 }
             }
+        }
+        for (vhost, exchange) in exchanges {
+            self.vhost_or_new(&vhost).restore_exchange(exchange);
         }
         for (id, options) in queues {
             let vhost = self.vhost_or_new(&options.vhost);
@@ -137,7 +168,10 @@ impl Broker {
     }
 
     fn vhost_or_new(&self, name: &Name) -> Arc<Vhost> {
-        let new = || Arc::new(Vhost::new(name.clone(), self.environment.clone()));
+        let configured = self.settings.policies.iter().filter(|(vhost, _)| vhost == name);
+        let configured = configured.map(|(_, policy)| policy.clone());
+        let (environment, settings) = (self.environment.clone(), self.settings.queues);
+        let new = || Arc::new(Vhost::new(name.clone(), environment, settings, configured));
         self.vhosts.entry(name.clone()).or_insert_with(new).clone()
     }
 
@@ -160,6 +194,43 @@ impl Broker {
     /// All vhosts.
     pub fn vhosts(&self) -> Vec<Arc<Vhost>> {
         self.vhosts.iter().map(|vhost| vhost.clone()).collect()
+    }
+
+    // Policies
+
+    /// Sets a policy in a vhost, or replaces the one of its kind and name. Queues and exchanges follow at once; answers
+    /// when the policy is on disk.
+    ///
+    /// # Errors
+    /// Without such a vhost, or for a policy of the configuration file.
+    pub fn set_policy(&self, vhost: &str, policy: Policy) -> Result<Round, PolicyError> {
+        let mut effects = Effects::default();
+        let round = self.vhost_of_policy(vhost)?.set_policy(policy, &mut effects)?;
+        self.carry_out(&mut effects);
+        Ok(round)
+    }
+
+    /// Removes a policy from a vhost. Queues and exchanges follow at once; answers when that is on disk.
+    ///
+    /// # Errors
+    /// Without such a vhost or policy, or for one of the configuration file.
+    pub fn clear_policy(&self, vhost: &str, kind: PolicyKind, name: &str) -> Result<Round, PolicyError> {
+        let mut effects = Effects::default();
+        let round = self.vhost_of_policy(vhost)?.clear_policy(kind, name, &mut effects)?;
+        self.carry_out(&mut effects);
+        Ok(round)
+    }
+
+    /// The policies of a vhost, the ones that win first.
+    ///
+    /// # Errors
+    /// Without such a vhost.
+    pub fn policies(&self, vhost: &str, kind: PolicyKind) -> Result<Vec<Arc<Policy>>, PolicyError> {
+        Ok(self.vhost_of_policy(vhost)?.policies(kind))
+    }
+
+    fn vhost_of_policy(&self, name: &str) -> Result<Arc<Vhost>, PolicyError> {
+        self.vhost(name).ok_or_else(|| PolicyError::NoVhost { vhost: name.into() })
     }
 
     /// Does what queues asked for while they were locked. Nothing is locked by the caller.

@@ -2,6 +2,9 @@
 //!
 //! [`QueueTraits`] are fixed by the declaration. [`QueueRules`] may change while the queue lives, with its policies.
 
+mod resolve;
+mod retry;
+
 use crate::model::Name;
 
 use super::arguments::QueueType;
@@ -16,6 +19,16 @@ pub enum Overflow {
     RejectPublish,
     /// The publish is nacked, and a copy dead-lettered with reason `maxlen`.
     RejectPublishDlx,
+}
+
+/// How sure a dead letter is of arriving (`x-dead-letter-strategy`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DeadLetterStrategy {
+    /// Routed once; what cannot be routed is dropped.
+    #[default]
+    AtMostOnce,
+    /// Kept until every target has it. Of quorum-type queues that have a dead-letter exchange and reject publishes.
+    AtLeastOnce,
 }
 
 /// Which returned messages of a quorum-type queue wait before they are delivered again (`x-delayed-retry-type`).
@@ -70,6 +83,7 @@ pub struct QueueRules {
     pub overflow: Overflow,
     pub dead_letter_exchange: Option<Name>,
     pub dead_letter_routing_key: Option<Name>,
+    pub dead_letter_strategy: DeadLetterStrategy,
     /// Failed deliveries a message may have; one more and it goes. `None` is unlimited.
     pub delivery_limit: Option<u32>,
     /// Whether a message beyond its delivery limit or its retries, without a dead-letter exchange, goes to `<queue>.parked`
@@ -91,6 +105,7 @@ impl Default for QueueRules {
             overflow: Overflow::DropHead,
             dead_letter_exchange: None,
             dead_letter_routing_key: None,
+            dead_letter_strategy: DeadLetterStrategy::AtMostOnce,
             delivery_limit: None,
             parking: true,
             consumer_timeout_ms: None,
@@ -98,6 +113,23 @@ impl Default for QueueRules {
             retry: None,
             stream: StreamRules::default(),
         }
+    }
+}
+
+/// What holds where neither an argument nor a policy says anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RuleDefaults {
+    /// Of quorum-type queues; `None` is no timeout.
+    pub consumer_timeout_ms: Option<u64>,
+    /// Of quorum-type queues; `None` is unlimited.
+    pub delivery_limit: Option<u32>,
+    pub parking: bool,
+}
+
+impl Default for RuleDefaults {
+    /// RabbitMQ 4.3's, and parking.
+    fn default() -> Self {
+        RuleDefaults { consumer_timeout_ms: Some(1_800_000), delivery_limit: Some(20), parking: true }
     }
 }
 
@@ -138,63 +170,6 @@ impl Default for QueueTraits {
             delayed: false,
             message_group: None,
             deduplication: None,
-        }
-    }
-}
-
-// TEMPORARY until merged.
-impl QueueTraits {
-    pub fn of(arguments: &amq_protocol::types::FieldTable) -> Self {
-        use crate::model::arguments::{as_integer, as_longstr, lookup};
-        let queue_type = QueueType::of(arguments);
-        let n = lookup(arguments, "x-max-priority").and_then(as_integer).map_or(0, |n| n.clamp(1, 255) as u8);
-        let (max_priority, default_priority) = if queue_type == QueueType::Quorum { (31, 4) } else { (n, 0) };
-        QueueTraits {
-            queue_type,
-            max_priority,
-            default_priority,
-            single_active_consumer: matches!(
-                lookup(arguments, "x-single-active-consumer"),
-                Some(amq_protocol::types::AMQPValue::Boolean(true))
-            ),
-            message_group: lookup(arguments, "x-message-group")
-                .and_then(as_longstr)
-                .map(|b| Name::from(std::str::from_utf8(b).unwrap_or(""))),
-            ..QueueTraits::default()
-        }
-    }
-}
-impl QueueRules {
-    pub fn tmp(arguments: &amq_protocol::types::FieldTable) -> Self {
-        use crate::model::arguments::{as_integer, as_longstr, lookup};
-        let int = |k: &str| lookup(arguments, k).and_then(as_integer).map(|n| n as u64);
-        let text = |k: &str| {
-            lookup(arguments, k).and_then(as_longstr).map(|b| Name::from(std::str::from_utf8(b).unwrap_or("")))
-        };
-        QueueRules {
-            message_ttl_ms: int("x-message-ttl"),
-            expires_ms: int("x-expires"),
-            max_length: int("x-max-length"),
-            max_length_bytes: int("x-max-length-bytes"),
-            overflow: match text("x-overflow").as_deref() {
-                Some("reject-publish") => Overflow::RejectPublish,
-                Some("reject-publish-dlx") => Overflow::RejectPublishDlx,
-                _ => Overflow::DropHead,
-            },
-            dead_letter_exchange: text("x-dead-letter-exchange"),
-            dead_letter_routing_key: text("x-dead-letter-routing-key"),
-            delivery_limit: match (QueueType::of(arguments), lookup(arguments, "x-delivery-limit").and_then(as_integer))
-            {
-                (QueueType::Quorum, None) => Some(20),
-                (QueueType::Quorum, Some(n)) if n >= 0 => Some(n as u32),
-                _ => None,
-            },
-            consumer_timeout_ms: if QueueType::of(arguments) == QueueType::Quorum {
-                int("x-consumer-timeout").or(Some(1_800_000))
-            } else {
-                None
-            },
-            ..QueueRules::default()
         }
     }
 }

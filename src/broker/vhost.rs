@@ -1,8 +1,10 @@
 //! A virtual host: its topology, and the operations that change it, each with the round that makes it durable.
 //!
 //! # Locks
-//! The topology lock comes before every queue's lock. Publishing takes it for reading only when a channel's route cache
+//! The topology lock comes before the lock of the policies, and that before every queue's lock. Publishing takes it for reading only when a channel's route cache
 //! misses; a change holds it for writing while it alters memory and hands the definition to the store, never for I/O.
+
+mod policies;
 
 use std::sync::{
     Arc,
@@ -10,25 +12,29 @@ use std::sync::{
 };
 
 use ahash::AHashMap;
-use amq_protocol::types::FieldTable;
+use amq_protocol::types::{AMQPValue, FieldTable};
 use parking_lot::RwLock;
 
 use super::{
-    BrokerError, arguments,
+    BrokerError,
+    arguments::{self, QueueType},
     binding::{Binding, Destination},
     dead_letter, definitions,
     environment::Environment,
     exchange::Exchange,
     message::Message,
+    policy::{Policy, PolicySet},
     port::Effects,
     queue::{ConnectionId, Counts, DeletedQueue, Queue, QueueOptions},
     router::{Declared, Removed, RouteResult, Topology, TopologyError, check_ends},
-    rules::QueueTraits,
+    rules::{QueueTraits, RuleDefaults},
 };
 use crate::{
     model::{Name, ResourceName, is_reserved, properties::Properties},
     store::{QueueId, QueueStateRecord, Round},
 };
+
+pub use policies::PolicyError;
 
 /// What routing answers: the queues themselves.
 pub type Route = RouteResult<Arc<Queue>>;
@@ -37,11 +43,31 @@ pub type Route = RouteResult<Arc<Queue>>;
 pub struct Vhost {
     pub name: Name,
     topology: RwLock<Topology<Arc<Queue>>>,
+    /// Changed with the topology locked, so that no queue or exchange is declared in between.
+    policies: RwLock<PolicySet>,
+    settings: QueueSettings,
     /// Moves with every change that could route a message elsewhere.
     epoch: AtomicU64,
     /// The round of the last definition written: who finds a thing declared by another waits for it, too.
     last_definition: AtomicU64,
     environment: Arc<Environment>,
+}
+
+/// What the configuration says about queues.
+#[derive(Clone, Copy, Debug)]
+pub struct QueueSettings {
+    /// Of a queue that is declared without `x-queue-type`, if its properties suit the type; else it is classic.
+    pub default_type: QueueType,
+    pub rules: RuleDefaults,
+    /// Whether a queue may be neither durable nor exclusive, which RabbitMQ 4.3 does not permit by default.
+    pub permit_transient_nonexclusive: bool,
+}
+
+impl Default for QueueSettings {
+    fn default() -> Self {
+        let (default_type, rules) = (QueueType::Classic, RuleDefaults::default());
+        QueueSettings { default_type, rules, permit_transient_nonexclusive: true }
+    }
 }
 
 /// A declared queue.
@@ -53,15 +79,24 @@ pub struct DeclaredQueue {
 }
 
 impl Vhost {
-    /// A vhost with the predeclared exchanges.
-    pub(super) fn new(name: Name, environment: Arc<Environment>) -> Self {
-        Vhost {
+    /// A vhost with the predeclared exchanges, and with the policies that the configuration has for it.
+    pub(super) fn new(
+        name: Name,
+        environment: Arc<Environment>,
+        settings: QueueSettings,
+        configured: impl IntoIterator<Item = Arc<Policy>>,
+    ) -> Self {
+        let vhost = Vhost {
             topology: RwLock::new(Topology::with_predeclared(name.clone())),
+            policies: RwLock::new(PolicySet::configured(configured)),
+            settings,
             name,
             epoch: AtomicU64::new(1),
             last_definition: AtomicU64::new(0),
             environment,
-        }
+        };
+        vhost.apply_to_exchanges(&mut vhost.topology.write());
+        vhost
     }
 
     /// A number that stands still as long as routes stay valid.
@@ -166,6 +201,7 @@ impl Vhost {
         if topology.declare_exchange(new)? == Declared::Existed {
             return Ok(self.last_definition.load(Ordering::Relaxed));
         }
+        self.apply_to_exchange(&mut topology, &name);
         self.changed();
         tracing::info!(vhost = %self.name, exchange = %name, "exchange declared");
         Ok(definition.map_or(0, |(key, value)| self.define(key, value)))
@@ -254,23 +290,34 @@ impl Vhost {
 
     // Queues
 
-    /// Declares a queue.
+    /// Whether a queue like this may be declared without a name of the client's. Its own name is not looked at.
     ///
     /// # Errors
-    /// 405 or 406 when one of that name is there and differs; 403 for a reserved name; 406 for wrong arguments.
+    /// 406 for a type of queue that wants one.
+    pub fn check_server_named(&self, mut options: QueueOptions) -> Result<(), BrokerError> {
+        arguments::complete_queue_type(&mut options, self.settings.default_type);
+        arguments::check_server_named(QueueType::of(&options.arguments))
+    }
+
+    /// Declares a queue. An `x-queue-type` that was left open is filled in.
+    ///
+    /// # Errors
+    /// 405 or 406 when one of that name is there and differs; 403 for a reserved name; 406 for wrong arguments, or
+    /// properties that the type cannot have; 541 for what the configuration does not permit.
     pub fn declare_queue(
         &self,
-        options: QueueOptions,
+        mut options: QueueOptions,
         connection: ConnectionId,
         server_named: bool,
     ) -> Result<DeclaredQueue, BrokerError> {
+        arguments::complete_queue_type(&mut options, self.settings.default_type);
         if let Some(queue) = self.queue(&options.name) {
             return self.redeclare(queue, &options, connection);
         }
         if !server_named && is_reserved(&options.name) {
             return Err(BrokerError::ReservedQueueName { queue: options.name });
         }
-        arguments::check_queue_arguments(&ResourceName::queue(&options.name, &self.name), &options.arguments)?;
+        self.check_new_queue(&options)?;
         let mut topology = self.topology.write();
         if let Some(queue) = topology.queue(&options.name).cloned() {
             drop(topology); // somebody was faster
@@ -293,6 +340,21 @@ impl Vhost {
         self.changed();
         tracing::info!(vhost = %self.name, queue = %queue.options.name, durable = queue.options.durable, "queue declared");
         Ok(DeclaredQueue { queue, created: true, round })
+    }
+
+    /// The checks that only a new queue needs, in RabbitMQ's order.
+    fn check_new_queue(&self, options: &QueueOptions) -> Result<(), BrokerError> {
+        let resource = ResourceName::queue(&options.name, &self.name);
+        arguments::check_queue_arguments(&resource, &options.arguments)?;
+        arguments::check_served(&resource, &options.arguments)?;
+        let transient = !options.durable && options.exclusive_to.is_none();
+        if transient && !self.settings.permit_transient_nonexclusive {
+            return Err(BrokerError::NotPermitted {
+                feature: "transient_nonexcl_queues",
+                setting: "compatibility.permit_transient_nonexclusive_queues",
+            });
+        }
+        arguments::check_properties(options)
     }
 
     fn redeclare(
@@ -368,10 +430,6 @@ impl Vhost {
         Ok(())
     }
 
-    fn rules_of(&self, options: &QueueOptions) -> super::rules::QueueRules {
-        super::rules::QueueRules::tmp(&options.arguments)
-    }
-
     // Dead letters
 
     /// Publishes a dead letter through its exchange, to every queue in which it did not die before. An exchange that is
@@ -401,13 +459,15 @@ impl Vhost {
         if self.queue(name).is_some() {
             return Ok(false);
         }
+        // Not one that would count failures and park them in turn.
+        let classic = AMQPValue::LongString(QueueType::Classic.name().into());
         let options = QueueOptions {
             name: name.into(),
             vhost: self.name.clone(),
             durable: true,
             auto_delete: false,
             exclusive_to: None,
-            arguments: FieldTable::default(),
+            arguments: std::collections::BTreeMap::from([("x-queue-type".into(), classic)]).into(),
         };
         Ok(self.declare_queue(options, ConnectionId(0), true)?.created)
     }
@@ -416,15 +476,19 @@ impl Vhost {
 
     /// Puts a definition from the store back; `false` for a binding whose ends are gone.
     pub(super) fn restore_exchange(&self, exchange: Exchange) {
-        self.topology.write().insert_exchange(exchange);
+        let mut topology = self.topology.write();
+        let name = exchange.name.clone();
+        topology.insert_exchange(exchange);
+        self.apply_to_exchange(&mut topology, &name);
     }
 
     pub(super) fn restore_queue(
         &self,
         id: QueueId,
-        options: QueueOptions,
+        mut options: QueueOptions,
         states: &mut AHashMap<QueueId, QueueStateRecord>,
     ) {
+        arguments::complete_queue_type(&mut options, QueueType::Classic);
         let name = options.name.clone();
         let traits = QueueTraits::of(&options.arguments);
         let rules = self.rules_of(&options);

@@ -1,4 +1,4 @@
-//! The TOML file: settings by key, tables as sections, users as a list of tables.
+//! The TOML file: settings by key, tables as sections, users and policies as lists of tables.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use toml::{Table, Value as Toml};
 
 use super::settings::SETTINGS;
 use super::value::Value;
-use super::{ConfigError, Draft, Origin};
+use super::{ConfigError, Draft, Origin, policies};
 use crate::auth::{HashAlgorithm, InvalidPattern, PasswordHash, Pattern, Permission, User};
 
 const USERS: &str = "users";
@@ -29,7 +29,10 @@ pub(super) fn read(path: &Path, draft: &mut Draft) -> Result<(), ConfigError> {
                 }
             }
             value if key == USERS => draft.config.users = users(path, value)?,
-            value => apply(path, draft, key, value)?,
+            value => match policies::kind_of(key) {
+                Some(kind) => draft.config.policies.extend(policies::read(path, kind, value)?),
+                None => apply(path, draft, key, value)?,
+            },
         }
     }
     Ok(())
@@ -41,7 +44,7 @@ fn is_section(name: &str) -> bool {
 
 fn apply(path: &Path, draft: &mut Draft, key: &str, value: &Toml) -> Result<(), ConfigError> {
     let Some(setting) = SETTINGS.iter().find(|setting| setting.key == key) else {
-        let known = SETTINGS.iter().map(|setting| setting.key).chain([USERS]);
+        let known = SETTINGS.iter().map(|setting| setting.key).chain([USERS]).chain(policies::LISTS);
         return Err(unknown_key(path, key, key, known));
     };
     match Value::from_toml(value) {
@@ -164,7 +167,7 @@ fn check_user_keys(path: &Path, at: &str, entry: &Toml) -> Result<(), ConfigErro
     Ok(())
 }
 
-fn invalid(path: &Path, key: &str, value: &Toml, reason: String) -> ConfigError {
+pub(super) fn invalid(path: &Path, key: &str, value: &Toml, reason: String) -> ConfigError {
     ConfigError::Invalid {
         key: key.to_owned(),
         value: value.as_str().map_or_else(|| value.to_string().replace('\n', " "), str::to_owned),
@@ -186,7 +189,12 @@ fn syntax(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
 }
 
 /// Names the key that was most likely meant, or else all that there are.
-fn unknown_key(path: &Path, shown: &str, key: &str, known: impl Iterator<Item = &'static str>) -> ConfigError {
+pub(super) fn unknown_key(
+    path: &Path,
+    shown: &str,
+    key: &str,
+    known: impl Iterator<Item = &'static str>,
+) -> ConfigError {
     let known: Vec<_> = known.collect();
     let nearest = known
         .iter()

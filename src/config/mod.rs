@@ -3,7 +3,7 @@
 //! # Precedence
 //! A flag beats the environment (`LEVERET_*`), which beats the TOML file, which beats the default. Every setting
 //! is one row of [`settings::SETTINGS`], with its names, its default, its help and its parser side by side, so the
-//! four ways cannot drift apart. Users are a list with permissions and live in the file only.
+//! four ways cannot drift apart. Users and policies are lists of tables and live in the file only.
 //!
 //! # Invariants
 //! - A [`Config`] that [`Config::load`] returned is valid: nobody behind it checks ranges again.
@@ -16,6 +16,7 @@
 mod error;
 mod file;
 mod flags;
+mod policies;
 mod settings;
 mod value;
 
@@ -26,8 +27,10 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Origin};
 pub use flags::Flags;
+pub use policies::ConfiguredPolicy;
 
 use crate::auth::{PasswordHash, Permission, User};
+use crate::broker::arguments::QueueType;
 use settings::SETTINGS;
 use value::Value;
 
@@ -58,12 +61,37 @@ pub struct Config {
     pub disk_free_limit_bytes: u64,
     pub amqp: AmqpConfig,
     pub store: StoreConfig,
+    pub queues: QueueConfig,
+    pub compatibility: CompatibilityConfig,
     pub log: LogConfig,
     /// Users that log in from this machine only.
     pub loopback_users: Vec<String>,
     /// At least one.
     pub vhosts: Vec<String>,
     pub users: Vec<User>,
+    /// Policies and operator policies; at most one of a kind and name in each vhost.
+    pub policies: Vec<ConfiguredPolicy>,
+}
+
+/// What holds for queues where neither their arguments nor a policy say anything.
+#[derive(Clone, Debug)]
+pub struct QueueConfig {
+    /// Of a queue declared without `x-queue-type` whose properties suit the type.
+    pub default_type: QueueType,
+    /// Of quorum-type queues; `None` is no timeout.
+    pub consumer_timeout: Option<Duration>,
+    /// Of quorum-type queues; `None` is unlimited.
+    pub delivery_limit: Option<u32>,
+    /// Whether a message that has failed too often, and has no dead-letter exchange, is parked instead of dropped.
+    pub parking: bool,
+}
+
+/// What RabbitMQ calls deprecated features.
+#[derive(Clone, Debug)]
+pub struct CompatibilityConfig {
+    pub permit_transient_nonexclusive_queues: bool,
+    /// Whether `basic.qos` with `global` is a limit for the channel.
+    pub permit_global_qos: bool,
 }
 
 /// What is offered in `connection.tune`, and the limits around it.
@@ -211,10 +239,18 @@ impl Default for Draft {
                 block_cache_bytes: 16 << 20,
                 write_buffer_bytes: 16 << 20,
             },
+            queues: QueueConfig {
+                default_type: QueueType::Classic,
+                consumer_timeout: Some(Duration::from_secs(1800)),
+                delivery_limit: Some(20),
+                parking: true,
+            },
+            compatibility: CompatibilityConfig { permit_transient_nonexclusive_queues: true, permit_global_qos: true },
             log: LogConfig { filter: "info".to_owned(), format: LogFormat::Auto },
             loopback_users: vec!["guest".to_owned()],
             vhosts: vec!["/".to_owned()],
             users: Vec::new(),
+            policies: Vec::new(),
         };
         Self { config, cluster_name: None, default_user: "guest".to_owned(), default_password: "guest".to_owned() }
     }
@@ -235,6 +271,20 @@ impl Draft {
         if config.users.is_empty() {
             let hash = PasswordHash::new(&self.default_password);
             config.users = vec![default_user(&self.default_user, hash, &config.vhosts)];
+        }
+        for ConfiguredPolicy { vhost, policy } in &config.policies {
+            if !config.vhosts.contains(vhost) {
+                return Err(ConfigError::Conflict {
+                    key: "policies.vhost",
+                    value: vhost.clone(),
+                    reason: format!(
+                        "(of {} '{}') must be one of vhosts ({})",
+                        policy.kind,
+                        policy.name,
+                        config.vhosts.join(", ")
+                    ),
+                });
+            }
         }
         for user in &config.users {
             for vhost in user.permissions.keys() {

@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::value::{Parsed, Value};
 use super::{ConfigError, Draft, Durability, LogFormat, MAX_MESSAGE_SIZE_CAP_BYTES, Origin, available_cores};
+use crate::broker::arguments::QueueType;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -220,6 +221,74 @@ pub(super) const SETTINGS: &[Setting] = &[
         apply: |draft, value| {
             set(&mut draft.config.amqp.max_message_size_bytes, value.size(1..=MAX_MESSAGE_SIZE_CAP_BYTES))
         },
+    },
+    Setting {
+        key: "queues.default_type",
+        flag: "default-queue-type",
+        on_command_line: true,
+        value_name: "classic|quorum",
+        default: "classic",
+        help: "Type of a queue declared without x-queue-type, if its properties suit that type",
+        heading: "Queues",
+        apply: |draft, value| {
+            let choices = [QueueType::Classic, QueueType::Quorum].map(|queue_type| (queue_type.name(), queue_type));
+            set(&mut draft.config.queues.default_type, value.choice(&choices))
+        },
+    },
+    Setting {
+        key: "queues.consumer_timeout",
+        flag: "consumer-timeout",
+        on_command_line: true,
+        value_name: "TIME",
+        default: "30m",
+        help: "How long a delivery of a quorum queue may stay unacknowledged; off is for ever",
+        heading: "Queues",
+        apply: |draft, value| {
+            let range = Duration::from_millis(1)..=Duration::from_secs(315_360_000);
+            set(&mut draft.config.queues.consumer_timeout, value.duration_or("off", range))
+        },
+    },
+    Setting {
+        key: "queues.delivery_limit",
+        flag: "delivery-limit",
+        on_command_line: true,
+        value_name: "COUNT",
+        default: "20",
+        help: "Failed deliveries a message of a quorum queue may have",
+        heading: "Queues",
+        apply: |draft, value| set(&mut draft.config.queues.delivery_limit, value.integer_or("unlimited", 0..=u32::MAX)),
+    },
+    Setting {
+        key: "queues.parking",
+        flag: "parking",
+        on_command_line: true,
+        value_name: "true|false",
+        default: "true",
+        help: "Whether a message that has failed too often, and has no dead-letter exchange, is parked in                <queue>.parked instead of dropped",
+        heading: "Queues",
+        apply: |draft, value| set(&mut draft.config.queues.parking, value.boolean()),
+    },
+    Setting {
+        key: "compatibility.permit_transient_nonexclusive_queues",
+        flag: "permit-transient-nonexclusive-queues",
+        on_command_line: true,
+        value_name: "true|false",
+        default: "true",
+        help: "Whether a queue may be neither durable nor exclusive; RabbitMQ 4.3 refuses those by default",
+        heading: "Compatibility",
+        apply: |draft, value| {
+            set(&mut draft.config.compatibility.permit_transient_nonexclusive_queues, value.boolean())
+        },
+    },
+    Setting {
+        key: "compatibility.permit_global_qos",
+        flag: "permit-global-qos",
+        on_command_line: true,
+        value_name: "true|false",
+        default: "true",
+        help: "Whether basic.qos with global is a limit for the channel; if not, it is taken as one for each consumer,                as in RabbitMQ 4.3",
+        heading: "Compatibility",
+        apply: |draft, value| set(&mut draft.config.compatibility.permit_global_qos, value.boolean()),
     },
     Setting {
         key: "vhosts",

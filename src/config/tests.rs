@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use clap::{Args, Command, FromArgMatches};
 
 use super::*;
+use crate::broker::policy::{ApplyTo, PolicyKind};
 
 fn flags(args: &[&str]) -> Flags {
     let command = Flags::augment_args(Command::new("leveret").no_binary_name(true));
@@ -269,4 +270,110 @@ fn a_test_configuration_listens_on_a_free_loopback_port() {
     let config = Config::for_tests("/tmp/data");
     assert!(config.bind == [IpAddr::V4(Ipv4Addr::LOCALHOST)] && config.port == 0);
     assert!(config.users[0].password.as_ref().unwrap().matches(b"guest"));
+}
+
+#[test]
+fn queues_and_compatibility_have_their_sections() {
+    let config = load(&[], &[], "").unwrap();
+    assert_eq!(config.queues.default_type, QueueType::Classic);
+    assert_eq!(config.queues.consumer_timeout, Some(Duration::from_millis(1_800_000)));
+    assert_eq!((config.queues.delivery_limit, config.queues.parking), (Some(20), true));
+    assert!(config.compatibility.permit_transient_nonexclusive_queues && config.compatibility.permit_global_qos);
+    let file = "[queues]\ndefault_type = 'quorum'\nconsumer_timeout = '500ms'\ndelivery_limit = 'unlimited'\nparking = false\n\
+                [compatibility]\npermit_transient_nonexclusive_queues = false\npermit_global_qos = false";
+    let config = load(&[], &[], file).unwrap();
+    assert_eq!(config.queues.default_type, QueueType::Quorum);
+    assert_eq!(config.queues.consumer_timeout, Some(Duration::from_millis(500)));
+    assert_eq!((config.queues.delivery_limit, config.queues.parking), (None, false));
+    assert!(!config.compatibility.permit_transient_nonexclusive_queues && !config.compatibility.permit_global_qos);
+    assert_eq!(load(&["--consumer-timeout", "off"], &[], "").unwrap().queues.consumer_timeout, None);
+    assert_eq!(
+        refusal(&["--parking", "maybe"], &[], ""),
+        "queues.parking = 'maybe' (flag --parking): must be one of true, false"
+    );
+    assert_eq!(
+        refusal(&["--consumer-timeout", "0"], &[], ""),
+        "queues.consumer_timeout = '0' (flag --consumer-timeout): must be a time from 1ms to 315360000s, in seconds or \
+         with a unit (ms, s, m), or off"
+    );
+    assert!(refusal(&["--default-queue-type", "stream"], &[], "").contains("must be one of classic, quorum"));
+    assert!(refusal(&[], &[("LEVERET_DELIVERY_LIMIT", "-1")], "").contains("from 0 to 4294967295, or unlimited"));
+}
+
+#[test]
+fn policies_are_read_with_their_defaults() {
+    let config = load(
+        &[],
+        &[],
+        r#"
+        vhosts = ["/", "shop"]
+        [[policies]]
+        name = "p"
+        pattern = '^(?!amq\.)'
+        [policies.definition]
+        max-length = 5
+        retry = { max = 3, multiplier = 1.5 }
+        [[policies]]
+        vhost = "shop"
+        name = "p"
+        pattern = ""
+        apply_to = "quorum_queues"
+        priority = -1
+        definition = { overflow = "reject-publish" }
+        [[operator_policies]]
+        name = "p"
+        pattern = ""
+        definition = { expires = 1000 }
+    "#,
+    )
+    .unwrap();
+    let [operator, first, second] = config.policies.as_slice() else { panic!("{:?}", config.policies) };
+    assert_eq!((first.vhost.as_str(), first.policy.kind), ("/", PolicyKind::User));
+    assert_eq!((first.policy.priority, first.policy.apply_to), (0, ApplyTo::All));
+    assert_eq!(first.policy.definition.integer("max-length"), Some(5));
+    assert_eq!(first.policy.definition.retry().unwrap().max, 3);
+    assert_eq!((second.vhost.as_str(), second.policy.priority), ("shop", -1));
+    assert_eq!(second.policy.apply_to, ApplyTo::QuorumQueues);
+    assert_eq!(operator.policy.kind, PolicyKind::Operator);
+}
+
+#[test]
+fn a_policy_that_cannot_be_made_is_named_with_the_reason() {
+    let one = |rest: &str| refusal(&[], &[], &format!("[[policies]]\nname = 'p'\n{rest}"));
+    let whole = |definition: &str| one(&format!("pattern = ''\ndefinition = {definition}"));
+    assert_eq!(one("pattern = ''"), "policies[0] = 'p' (file FILE): must have a definition, which is a table");
+    assert_eq!(one("definition = { max-length = 1 }"), "policies[0] = 'p' (file FILE): must have a pattern");
+    assert_eq!(whole("{ max-length = -1 }"), "policies[0] = 'p' (file FILE): -1 is not a valid maximum length");
+    assert_eq!(
+        whole("{ max-lenght = 1 }"),
+        "policies[0] = 'p' (file FILE): [{<<\"max-lenght\">>,1}] are not recognised policy settings"
+    );
+    assert_eq!(
+        one("pattern = '('\ndefinition = { max-length = 1.5 }"),
+        "policies[0] = 'p' (file FILE): 1.5 is not a valid maximum length; \
+         pattern should be regular expression but is invalid: unclosed group"
+    );
+    assert!(one("pattern = ''\napply_to = 'foo'\ndefinition = { max-length = 1 }").contains("'foo' unrecognised"));
+    assert!(
+        one("pattern = ''\npriority = 'x'\ndefinition = { max-length = 1 }")
+            .contains("priority must be a whole number")
+    );
+    assert_eq!(
+        one("pattern = ''\napply-to = 'all'\ndefinition = { max-length = 1 }"),
+        "unknown key 'policies[0].apply-to' in FILE; did you mean 'apply_to'?"
+    );
+    assert_eq!(
+        one("vhost = 'shop'\npattern = ''\ndefinition = { max-length = 1 }"),
+        "policies.vhost = 'shop': (of policy 'p') must be one of vhosts (/)"
+    );
+    let twice = "[[operator_policies]]\nname = 'p'\npattern = ''\ndefinition = { max-length = 1 }\n".repeat(2);
+    assert_eq!(
+        refusal(&[], &[], &twice),
+        "operator_policies[1].name = 'p' (file FILE): must not be listed twice for virtual host '/'"
+    );
+    let operator = "[[operator_policies]]\nname = 'p'\npattern = ''\ndefinition = { dead-letter-exchange = 'x' }";
+    assert!(refusal(&[], &[], operator).contains("are not recognised policy settings"));
+    assert!(refusal(&[], &[], "policies = 5").contains("must be a list of tables, each under [[policies]]"));
+    assert!(refusal(&[], &[], "policy = 5").contains("did you mean 'policies'?"));
+    assert!(refusal(&[], &[], "[[policies]]\npattern = ''").contains("policies[0] = 'without a name'"));
 }

@@ -89,6 +89,18 @@ impl Value {
         )
     }
 
+    /// A time, or a word for the absence of one.
+    pub(super) fn duration_or(&self, word: &str, range: RangeInclusive<Duration>) -> Parsed<Option<Duration>> {
+        if self.one() == Some(word) {
+            return Ok(None);
+        }
+        self.duration(range).map(Some).map_err(|allowed| format!("{allowed}, or {word}"))
+    }
+
+    pub(super) fn boolean(&self) -> Parsed<bool> {
+        self.choice(&[("true", true), ("false", false)])
+    }
+
     pub(super) fn choice<T: Copy>(&self, choices: &[(&str, T)]) -> Parsed<T> {
         self.parse(
             |text| choices.iter().find(|(name, _)| *name == text).map(|(_, choice)| *choice),

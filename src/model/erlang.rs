@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 
 use amq_protocol::types::{AMQPValue, FieldTable};
+use serde_json::Value;
 
 use super::arguments::type_name;
 
@@ -48,6 +49,66 @@ pub fn term(value: &AMQPValue) -> String {
         }
     }
     out
+}
+
+/// A JSON value as `~tp` shows what RabbitMQ decodes it to: strings as byte strings, objects as maps.
+#[must_use]
+pub fn json_term(value: &Value) -> String {
+    let mut out = String::new();
+    push_json(value, &mut out);
+    if out.len() > MAX_TERM_BYTES {
+        out.truncate(out.floor_char_boundary(MAX_TERM_BYTES));
+        out.push_str("...");
+    }
+    out
+}
+
+/// Recurses as deep as `serde_json` parses, which is 128 levels.
+fn push_json(value: &Value, out: &mut String) {
+    match value {
+        Value::String(text) => push_binary(text.as_bytes(), out),
+        Value::Number(number) => match number.as_f64() {
+            Some(value) if number.is_f64() => out.push_str(&float(value)),
+            _ => out.push_str(&number.to_string()),
+        },
+        Value::Array(items) => match characters(items) {
+            Some(text) => push_quoted(text.chars(), out),
+            None => push_joined("[", items.iter().map(|item| (None, item)), "]", out),
+        },
+        Value::Object(entries) => {
+            push_joined("#{", entries.iter().map(|(key, item)| (Some(key.as_str()), item)), "}", out);
+        }
+        Value::Null | Value::Bool(_) => out.push_str(&value.to_string()),
+    }
+}
+
+fn push_joined<'a>(
+    open: &str,
+    items: impl Iterator<Item = (Option<&'a str>, &'a Value)>,
+    close: &str,
+    out: &mut String,
+) {
+    out.push_str(open);
+    for (position, (key, item)) in items.enumerate() {
+        if position > 0 {
+            out.push(',');
+        }
+        if let Some(key) = key {
+            push_binary(key.as_bytes(), out);
+            out.push_str(" => ");
+        }
+        if out.len() > MAX_TERM_BYTES {
+            break;
+        }
+        push_json(item, out);
+    }
+    out.push_str(close);
+}
+
+/// A list of printable characters' numbers is a string in Erlang.
+fn characters(items: &[Value]) -> Option<String> {
+    let character = |item: &Value| char::from_u32(u32::try_from(item.as_u64()?).ok()?).filter(|&c| is_printable(c));
+    if items.is_empty() { None } else { items.iter().map(character).collect() }
 }
 
 /// An atom as `~tp` shows it: quoted unless it is a plain lower-case word, so that the type `x-random` reads
@@ -136,10 +197,12 @@ fn push_binary(bytes: &[u8], out: &mut String) {
     }
     match std::str::from_utf8(bytes) {
         Ok(text) if text.chars().all(is_printable) => {
+            out.push_str("<<");
             push_quoted(text.chars(), out);
             out.push_str(if text.is_ascii() { ">>" } else { "/utf8>>" });
         }
         Err(_) if bytes.iter().copied().map(char::from).all(is_printable) => {
+            out.push_str("<<");
             push_quoted(bytes.iter().copied().map(char::from), out);
             out.push_str(">>");
         }
@@ -153,7 +216,7 @@ fn push_binary(bytes: &[u8], out: &mut String) {
 }
 
 fn push_quoted(chars: impl Iterator<Item = char>, out: &mut String) {
-    out.push_str("<<\"");
+    out.push('"');
     for c in chars {
         match c {
             '"' => out.push_str("\\\""),
@@ -298,6 +361,27 @@ mod tests {
         assert_eq!(term(&AMQPValue::FieldArray(FieldArray::default())), "[]");
         assert_eq!(term(&AMQPValue::DecimalValue(DecimalValue { scale: 1, value: 2 })), "{1,2}");
         assert_eq!(term(&AMQPValue::Boolean(true)), "true");
+    }
+
+    /// Each was printed by RabbitMQ 4.3.6 in a refused policy.
+    #[test]
+    fn json_looks_like_what_rabbitmq_decodes_it_to() {
+        for (json, text) in [
+            (r#""x""#, r#"<<"x">>"#),
+            (r#""é""#, r#"<<"é"/utf8>>"#),
+            ("-1", "-1"),
+            ("1.5", "1.5"),
+            ("true", "true"),
+            ("null", "null"),
+            ("[1,2]", "[1,2]"),
+            ("[104,105]", r#""hi""#),
+            (r#"{"a":"b","c":[]}"#, r#"#{<<"a">> => <<"b">>,<<"c">> => []}"#),
+            (r#"{"a":null}"#, r#"#{<<"a">> => null}"#),
+        ] {
+            assert_eq!(json_term(&serde_json::from_str(json).unwrap()), text);
+        }
+        let huge = Value::Array(vec![Value::from("x"); 100_000]);
+        assert!(json_term(&huge).len() <= MAX_TERM_BYTES + 3);
     }
 
     #[test]

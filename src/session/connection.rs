@@ -38,6 +38,9 @@ pub struct SessionLimits {
     /// Seconds; 0 is off.
     pub heartbeat_secs: u16,
     pub max_message_bytes: u64,
+    /// Whether `basic.qos` with `global` sets a limit for the channel; else it is taken as one for each consumer, as
+    /// RabbitMQ 4.3 does by default.
+    pub permit_global_qos: bool,
 }
 
 /// Where the connection is in its life.

@@ -9,6 +9,7 @@
 mod support;
 
 mod channel;
+mod compatibility;
 mod confirm;
 mod connection;
 mod consume;
@@ -19,6 +20,7 @@ mod leaks;
 mod limits;
 mod paging;
 mod perf_smoke;
+mod policies;
 mod queue;
 mod reply_to;
 mod routing;

@@ -44,7 +44,7 @@ impl Session {
         if size != 0 {
             return Err(Fault::new(540, format!("prefetch_size!=0 ({size})")));
         }
-        let unblocked = if qos.global {
+        let unblocked = if qos.global && self.limits.permit_global_qos {
             self.outbox.set_channel_prefetch(number, qos.prefetch_count)
         } else {
             if let Some(channel) = self.channels.get_mut(number) {

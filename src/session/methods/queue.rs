@@ -9,7 +9,7 @@ use super::generated_name;
 use crate::{
     auth::{Access, Resource},
     broker::{
-        Queue, QueueOptions, REPLY_TO, ReplyRegistry, ReplyTarget,
+        Queue, QueueOptions, REPLY_TO, ReplyRegistry, ReplyTarget, Vhost,
         arguments::QueueType,
         binding::{Binding, Destination},
     },
@@ -91,6 +91,9 @@ impl Session {
             return self.queue_declare_passive(number, &asked, declare.nowait);
         }
         let server_named = asked.is_empty();
+        if server_named {
+            self.check_server_named(&declare)?;
+        }
         let name: Name = if server_named { self.server_name(&declare.arguments)?.into() } else { asked.into() };
         if lookup(&declare.arguments, "x-name-prefix").is_some() {
             declare.arguments = without(&declare.arguments, "x-name-prefix");
@@ -106,7 +109,22 @@ impl Session {
             self.check(Access::Read, Resource::Queue, &name)?;
             self.check(Access::Write, Resource::Exchange, &String::from_utf8_lossy(target))?;
         }
-        let options = QueueOptions {
+        let exclusive = declare.exclusive;
+        let nowait = declare.nowait;
+        let declared = vhost.declare_queue(self.queue_options(&vhost, &name, declare), self.id, server_named)?;
+        if declared.created && exclusive {
+            self.exclusive.retain(|queue| !queue.is_deleted());
+            self.exclusive.push(declared.queue.clone());
+        }
+        if !declared.created && !nowait {
+            declared.queue.note_use();
+        }
+        self.remember_queue(number, &name);
+        Ok(Answer::After(declared.round, (!nowait).then(|| declare_ok(&declared.queue))))
+    }
+
+    fn queue_options(&self, vhost: &Vhost, name: &Name, declare: queue::Declare) -> QueueOptions {
+        QueueOptions {
             name: name.clone(),
             vhost: vhost.name.clone(),
             // An exclusive queue ends with its connection, so it is stored as transient, as in RabbitMQ.
@@ -114,32 +132,13 @@ impl Session {
             auto_delete: declare.auto_delete,
             exclusive_to: declare.exclusive.then_some(self.id),
             arguments: declare.arguments,
-        };
-        let options = QueueOptions { durable: options.durable, ..options };
-        let declared = self.declare_exclusive_aware(&vhost, options, declare.durable, server_named)?;
-        if declared.created && declare.exclusive {
-            self.exclusive.retain(|queue| !queue.is_deleted());
-            self.exclusive.push(declared.queue.clone());
         }
-        if !declared.created && !declare.nowait {
-            declared.queue.note_use();
-        }
-        self.remember_queue(number, &name);
-        Ok(Answer::After(declared.round, (!declare.nowait).then(|| declare_ok(&declared.queue))))
     }
 
-    fn declare_exclusive_aware(
-        &self,
-        vhost: &crate::broker::Vhost,
-        mut options: QueueOptions,
-        durable_asked: bool,
-        server_named: bool,
-    ) -> Result<crate::broker::DeclaredQueue, Fault> {
-        // Redeclaring a plain queue as exclusive is refused for its exclusiveness; the flag must not hide it.
-        if options.exclusive_to.is_none() {
-            options.durable = durable_asked;
-        }
-        vhost.declare_queue(options, self.id, server_named).map_err(Fault::from)
+    fn check_server_named(&self, declare: &queue::Declare) -> Result<(), Fault> {
+        let Some(vhost) = &self.vhost else { return Ok(()) };
+        let options = self.queue_options(vhost, &"".into(), declare.clone());
+        vhost.check_server_named(options).map_err(Fault::from)
     }
 
     /// A name for a queue declared without one; `x-name-prefix` may ask for another beginning.

@@ -83,6 +83,12 @@ impl TestBroker {
         self.launch().await;
     }
 
+    /// [`TestBroker::restart`] with a changed configuration.
+    pub async fn restart_with(&mut self, change: impl FnOnce(&mut Config)) {
+        change(&mut self.config);
+        self.restart().await;
+    }
+
     /// Stops the broker; fails the test if anything of it has panicked.
     pub async fn stop(mut self) {
         self.shut_down().await;
