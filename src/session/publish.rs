@@ -4,7 +4,7 @@
 use std::{borrow::Cow, sync::Arc};
 
 use amq_protocol::types::{AMQPValue, FieldTable};
-use smallvec::{SmallVec, smallvec};
+use smallvec::SmallVec;
 
 use super::{
     assembler::{Assembled, Assembler, Publish},
@@ -468,7 +468,7 @@ pub(super) fn deliver(
 }
 
 /// Offers a message to every queue of a route; rejected if one of them refuses it.
-fn offer(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+pub(super) fn offer(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Outcome {
     let mut answer = Outcome::Accepted(0);
     for queue in route.iter() {
         answer = match (queue.offer(message, effects), answer) {
@@ -533,12 +533,6 @@ fn check_expiration(expiration: &[u8]) -> Result<String, String> {
         Ok(ms) if ms <= MAX_EXPIRATION_MS => Ok(plain.into()),
         _ => Err(format!("{{value_too_large,{plain}}}")),
     }
-}
-
-/// A transaction's publish goes to its queues.
-pub(super) fn publish_to(route: &CachedRoute, message: &Message<'_>, effects: &mut Effects) -> Round {
-    let messages: SmallVec<[Message<'_>; 1]> = smallvec![*message];
-    route.iter().map(|queue| queue.publish(&messages, effects)).max().unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@ use super::{
     channel::{CachedRoute, Channel, Mode},
     close::Fault,
     connection::{Answer, Session},
-    publish::publish_to,
+    publish::offer,
     unacked::Unacked,
 };
-use crate::broker::{Message, OwnedMessage, Round, Settlement};
+use crate::broker::{Message, Outcome, OwnedMessage, Round, Settlement};
 
 /// A publish that waits for its commit. It was routed when it was published, as in RabbitMQ.
 pub struct TxPublish {
@@ -93,21 +93,16 @@ impl Session {
         {
             let broker = self.broker.clone();
             let _one_round = broker.atomic();
-            // All or nothing: a queue that would refuse one of the messages is found before anything is done.
-            let refused =
-                |publish: &TxPublish| publish.route.iter().any(|queue| queue.would_reject(&publish.message.view()));
-            if transaction.publishes.iter().any(refused) {
-                for (_, taken) in transaction.settlements {
-                    self.outbox.restore_unacked(number, taken);
-                }
-                return Err(Fault::new(406, "partial tx completion"));
-            }
+            let mut refused = false;
             for publish in &transaction.publishes {
                 let message = publish.message.view();
                 if publish.route.is_empty() && publish.mandatory {
                     self.outbox.return_message(number, &message);
                 }
-                round = round.max(publish_to(&publish.route, &message, &mut self.effects));
+                match offer(&publish.route, &message, &mut self.effects) {
+                    Outcome::Accepted(durable) => round = round.max(durable),
+                    Outcome::Rejected => refused = true,
+                }
             }
             for (how, taken) in &transaction.settlements {
                 self.outbox.settle_taken(number, taken, &mut self.settling);
@@ -117,6 +112,10 @@ impl Session {
                 round = round.max(broker.open_round()); // the dead letters are in it
             }
             self.carry_out();
+            if refused {
+                // As in RabbitMQ: everything else has taken effect.
+                return Err(Fault::new(406, "partial tx completion"));
+            }
         }
         let answer = AMQPClass::Tx(tx::AMQPMethod::CommitOk(tx::CommitOk {}));
         Ok(Answer::After(round, Some(answer)))

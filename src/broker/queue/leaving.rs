@@ -33,7 +33,16 @@ const LONG_QUEUE: u64 = 8192;
 impl QueueState {
     /// Whether a publish may have to be refused.
     pub(super) fn may_reject(&self) -> bool {
-        self.rules.overflow != Overflow::DropHead && self.has_length_limit()
+        self.rejects() && self.has_length_limit()
+    }
+
+    /// Whether too much is refused at the tail. Quorum queues take `reject-publish-dlx` for `drop-head`.
+    fn rejects(&self) -> bool {
+        match self.rules.overflow {
+            Overflow::DropHead => false,
+            Overflow::RejectPublish => true,
+            Overflow::RejectPublishDlx => self.traits.queue_type == QueueType::Classic,
+        }
     }
 
     fn has_length_limit(&self) -> bool {
@@ -49,7 +58,7 @@ impl QueueState {
     /// Whether a message more would be too much.
     pub(super) fn is_full_for(&self, message: &Message<'_>) -> bool {
         let Tally { messages, bytes } = self.limited();
-        self.rules.overflow != Overflow::DropHead
+        self.rejects()
             && (self.rules.max_length.is_some_and(|max| messages + 1 > max)
                 || self.rules.max_length_bytes.is_some_and(|max| bytes + message.body.len() as u64 > max))
     }
@@ -62,7 +71,9 @@ impl QueueState {
 
     /// When an unused queue goes, if it is unused now.
     pub(super) fn lease_ends_unix_ms(&self) -> Option<u64> {
-        let expires = self.rules.expires_ms.filter(|_| self.consumers.is_empty())?;
+        // What somebody has got keeps a quorum queue in use.
+        let is_used = !self.consumers.is_empty() || (self.checkouts.is_some() && self.unacked.messages > 0);
+        let expires = self.rules.expires_ms.filter(|_| !is_used)?;
         Some(self.last_used_unix_ms.saturating_add(expires))
     }
 
@@ -224,7 +235,7 @@ impl Queue {
 
     /// Drops what is too much, next to be delivered first.
     pub(super) fn enforce_limits(self: &Arc<Self>, state: &mut QueueState, effects: &mut Effects) {
-        let rejects = state.rules.overflow != Overflow::DropHead && self.traits.queue_type == QueueType::Classic;
+        let rejects = state.rejects() && self.traits.queue_type == QueueType::Classic;
         let mut room = DROP_BATCH;
         while !rejects && state.is_too_long() {
             if room == 0 {

@@ -277,11 +277,6 @@ impl Queue {
         Outcome::Accepted(self.publish_locked(&mut state, std::slice::from_ref(message), effects))
     }
 
-    /// Whether a message would be refused now.
-    pub fn would_reject(&self, message: &Message<'_>) -> bool {
-        self.may_reject() && self.open().is_full_for(message)
-    }
-
     /// Hands out what consumers can take.
     pub fn deliver(self: &Arc<Self>, effects: &mut Effects) {
         let mut state = self.open();
@@ -358,6 +353,10 @@ impl Queue {
         match how {
             Settlement::Acked => state.ack(consumer, deliveries),
             _ => self.settle_undone(&mut state, consumer, deliveries, how, effects),
+        }
+        if state.unacked.messages == 0 && state.checkouts.is_some() && state.rules.expires_ms.is_some() {
+            state.last_used_unix_ms = clock::now_unix_ms();
+            state.renew_lease();
         }
         if let Some(id) = consumer {
             state.consumers.settled(id, deliveries.len() as u32);
