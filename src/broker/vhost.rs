@@ -9,14 +9,14 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use amq_protocol::types::FieldTable;
 use parking_lot::RwLock;
 
 use super::{
-    BrokerError, arguments,
+    BrokerError,
+    arguments::{self, QueueType},
     binding::{Binding, Destination},
     definitions,
-    exchange::Exchange,
+    exchange::{Attributes, Exchange},
     memory::MemoryBudget,
     port::Effects,
     queue::{ConnectionId, Counts, DeletedQueue, Queue, QueueOptions},
@@ -95,12 +95,12 @@ impl Vhost {
         &self,
         exchange: &str,
         keys: &[&[u8]],
-        headers: Option<&FieldTable>,
+        attributes: &Attributes<'_>,
         out: &mut Route,
     ) -> Result<(), TopologyError> {
         let topology = self.topology.read();
         topology.check_publish(exchange)?;
-        topology.route(exchange, keys, headers, out)
+        topology.route(exchange, keys, attributes, out)
     }
 
     /// The exchange of that name.
@@ -219,6 +219,7 @@ impl Vhost {
         let queue_durable = match &binding.destination {
             Destination::Queue(name) => {
                 let queue = topology.queue(name).cloned().ok_or_else(|| self.no_queue(name))?;
+                topology.check_queue_type(&binding.source, QueueType::of(&queue.options.arguments))?;
                 self.check_owner(&queue, connection)?;
                 queue.options.durable
             }
