@@ -6,6 +6,7 @@ use std::sync::Arc;
 use amq_protocol::types::{AMQPValue, FieldTable};
 use criterion::{Criterion, criterion_group, criterion_main};
 use leveret::broker::binding::{Binding, Destination};
+use leveret::broker::exchange::Attributes;
 use leveret::broker::router::{RouteResult, Topology};
 
 type Queues = Topology<Arc<usize>>;
@@ -41,10 +42,11 @@ fn measure(
     expected: usize,
 ) {
     let keys: Vec<&[u8]> = keys.iter().map(|key| key.as_bytes()).collect();
+    let attributes = headers.map_or_else(Attributes::none, Attributes::with_headers);
     let mut out = RouteResult::default();
     c.bench_function(name, |bencher| {
         bencher.iter(|| {
-            topology.route(black_box(exchange), black_box(&keys), headers, &mut out).expect("exists");
+            topology.route(black_box(exchange), black_box(&keys), &attributes, &mut out).expect("exists");
             black_box(out.queues.len())
         });
     });

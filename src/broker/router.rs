@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use ahash::AHashMap;
 
+use super::arguments::QueueType;
 use super::binding::{Binding, BindingTable, Destination};
 use super::exchange::{ALTERNATE_EXCHANGE, Exchange, Matcher, Slot, Slots, Target, UnknownExchangeKind};
 use crate::model::arguments::{InequivalentArgument, InvalidArgumentType, exchange_name_argument};
@@ -52,7 +53,10 @@ pub enum TopologyError {
     /// For callers that parse the type and declare in one go. RabbitMQ 3.x closed the connection with 503 here.
     #[error(transparent)]
     UnknownKind(#[from] UnknownExchangeKind),
-    /// The exchange's type does not accept the binding's key or arguments.
+    /// The exchange's type does not accept its arguments.
+    #[error("{0}")]
+    InvalidExchange(String),
+    /// The exchange's type does not accept the binding's key, arguments or queue.
     #[error("{0}")]
     InvalidBinding(String),
 }
@@ -68,6 +72,7 @@ impl TopologyError {
             | Self::Inequivalent(_)
             | Self::InvalidArgumentType(_)
             | Self::UnknownKind(_)
+            | Self::InvalidExchange(_)
             | Self::InvalidBinding(_) => 406,
         }
     }
@@ -100,6 +105,8 @@ impl Removed {
 struct ExchangeEntry {
     exchange: Exchange,
     matcher: Matcher,
+    /// Whether the next message with the same keys goes the same way and the exchange need not see it.
+    cacheable: bool,
     /// Bindings of which it is the source.
     outgoing: BTreeSet<Slot>,
     /// Bindings of which it is the destination.
@@ -225,10 +232,12 @@ impl<T: Clone> Topology<T> {
     /// Declares an exchange.
     ///
     /// # Errors
-    /// Those of [`Topology::check_declare`]; nothing has changed then.
+    /// Those of [`Topology::check_declare`], then 406 if the type of a new one does not accept its arguments; nothing has
+    /// changed then.
     pub fn declare_exchange(&mut self, new: Exchange) -> Result<Declared, TopologyError> {
         let declared = self.check_declare(&new)?;
         if declared == Declared::Created {
+            new.check_arguments(&self.vhost).map_err(TopologyError::InvalidExchange)?;
             self.insert_exchange(new);
         }
         Ok(declared)
@@ -241,8 +250,10 @@ impl<T: Clone> Topology<T> {
             return false;
         }
         let name = Arc::clone(&exchange.name);
+        let matcher = Matcher::new(&exchange);
         let slot = self.exchanges.insert(ExchangeEntry {
-            matcher: Matcher::new(exchange.kind),
+            cacheable: matcher.is_cacheable() && !exchange.observes_messages(),
+            matcher,
             exchange,
             outgoing: BTreeSet::new(),
             incoming: BTreeSet::new(),
@@ -350,6 +361,15 @@ impl<T: Clone> Topology<T> {
     /// the type refuses key or arguments.
     pub fn check_bind(&self, binding: &Binding) -> Result<(), TopologyError> {
         self.resolve_ends(binding).map(|_| ())
+    }
+
+    /// Whether a queue of this type can be bound to an exchange; true of an exchange that is missing.
+    ///
+    /// # Errors
+    /// 406 if the exchange's type does not take such queues.
+    pub fn check_queue_type(&self, source: &str, queue_type: QueueType) -> Result<(), TopologyError> {
+        let check = |exchange: &Exchange| exchange.check_queue_type(queue_type);
+        self.exchange(source).map_or(Ok(()), check).map_err(TopologyError::InvalidBinding)
     }
 
     /// Makes a binding. False if it was there already.

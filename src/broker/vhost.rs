@@ -12,7 +12,7 @@ use std::sync::{
 };
 
 use ahash::AHashMap;
-use amq_protocol::types::{AMQPValue, FieldTable};
+use amq_protocol::types::AMQPValue;
 use parking_lot::RwLock;
 
 use super::{
@@ -21,7 +21,7 @@ use super::{
     binding::{Binding, Destination},
     dead_letter, definitions,
     environment::Environment,
-    exchange::Exchange,
+    exchange::{Attributes, Exchange},
     message::Message,
     policy::{Policy, PolicySet},
     port::Effects,
@@ -131,12 +131,12 @@ impl Vhost {
         &self,
         exchange: &str,
         keys: &[&[u8]],
-        headers: Option<&FieldTable>,
+        attributes: &Attributes<'_>,
         out: &mut Route,
     ) -> Result<(), TopologyError> {
         let topology = self.topology.read();
         topology.check_publish(exchange)?;
-        topology.route(exchange, keys, headers, out)
+        topology.route(exchange, keys, attributes, out)
     }
 
     /// The exchange of that name.
@@ -258,6 +258,7 @@ impl Vhost {
         let queue_durable = match &binding.destination {
             Destination::Queue(name) => {
                 let queue = topology.queue(name).cloned().ok_or_else(|| self.no_queue(name))?;
+                topology.check_queue_type(&binding.source, QueueType::of(&queue.options.arguments))?;
                 self.check_owner(&queue, connection)?;
                 queue.options.durable
             }
@@ -436,9 +437,9 @@ impl Vhost {
     /// missing, or leads nowhere, drops it.
     pub(super) fn publish_dead_letter(&self, exchange: &str, letter: &Message<'_>, effects: &mut Effects) {
         let keys = letter.routing_keys();
-        let headers = Properties::parse(letter.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
+        let attributes = Properties::parse(letter.properties).map(Attributes::of).unwrap_or_default();
         let mut route = Route::default();
-        if self.topology.read().route(exchange, &keys, Some(&headers), &mut route).is_err() {
+        if self.topology.read().route(exchange, &keys, &attributes, &mut route).is_err() {
             tracing::debug!(vhost = %self.name, exchange, "dead-letter exchange is missing; the message is dropped");
             return;
         }

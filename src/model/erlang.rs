@@ -182,12 +182,23 @@ fn push_list<'a>(items: impl Iterator<Item = (Option<&'a str>, &'a AMQPValue)>, 
     work[start..].reverse(); // the list is taken from its end
 }
 
-/// A byte string as `~tp` shows it on a node with the default printable range (Latin-1).
-/// Bytes as `~p` shows a binary: `<<"text">>` or `<<1,2>>`.
+/// Bytes as `~tp` shows a binary on a node with the default printable range (Latin-1): `<<"text">>` or `<<1,2>>`.
 #[must_use]
 pub fn binary(bytes: &[u8]) -> String {
     let mut out = String::new();
     push_binary(bytes, &mut out);
+    out
+}
+
+/// Bytes as `~tp` shows a list of them, which is what Erlang's strings are: `"text"` or `[1,2]`.
+#[must_use]
+pub fn string(bytes: &[u8]) -> String {
+    let mut out = String::new();
+    if bytes.is_empty() || !bytes.iter().copied().map(char::from).all(is_printable) {
+        push_numbers(bytes, ["[", "]"], &mut out);
+    } else {
+        push_quoted(bytes.iter().copied().map(char::from), &mut out);
+    }
     out
 }
 
@@ -206,13 +217,16 @@ fn push_binary(bytes: &[u8], out: &mut String) {
             push_quoted(bytes.iter().copied().map(char::from), out);
             out.push_str(">>");
         }
-        _ => {
-            for (position, byte) in bytes.iter().enumerate() {
-                let _ = write!(out, "{}{byte}", if position == 0 { "<<" } else { "," });
-            }
-            out.push_str(">>");
-        }
+        _ => push_numbers(bytes, ["<<", ">>"], out),
     }
+}
+
+fn push_numbers(bytes: &[u8], [open, close]: [&str; 2], out: &mut String) {
+    out.push_str(open);
+    for (position, byte) in bytes.iter().enumerate() {
+        let _ = write!(out, "{}{byte}", if position == 0 { "" } else { "," });
+    }
+    out.push_str(close);
 }
 
 fn push_quoted(chars: impl Iterator<Item = char>, out: &mut String) {
@@ -313,6 +327,10 @@ mod tests {
         assert_eq!(longstr_term("ä\u{1}".as_bytes()), "<<195,164,1>>");
         assert_eq!(binary(&[127]), "<<127>>");
         assert_eq!(longstr_term(b"\x1b"), r#"<<"\e">>"#);
+        assert_eq!(string(b"a\"b"), r#""a\"b""#);
+        assert_eq!(string(&[228]), r#""ä""#);
+        assert_eq!(string(&[1, 97]), "[1,97]");
+        assert_eq!(string(b""), "[]");
     }
 
     /// Each pair was printed by Erlang/OTP 25.

@@ -8,8 +8,10 @@ const CONTENT_ENCODING: u16 = 1 << 14;
 const HEADERS: u16 = 1 << 13;
 const DELIVERY_MODE: u16 = 1 << 12;
 const PRIORITY: u16 = 1 << 11;
+const CORRELATION_ID: u16 = 1 << 10;
 const REPLY_TO: u16 = 1 << 9;
 const EXPIRATION: u16 = 1 << 8;
+const MESSAGE_ID: u16 = 1 << 7;
 const TIMESTAMP: u16 = 1 << 6;
 const USER_ID: u16 = 1 << 4;
 
@@ -25,8 +27,11 @@ pub struct MalformedProperties;
 pub struct Properties<'a> {
     raw: &'a [u8],
     headers: Option<&'a [u8]>,
+    correlation_id: Option<&'a [u8]>,
     reply_to: Option<&'a [u8]>,
     expiration: Option<&'a [u8]>,
+    message_id: Option<&'a [u8]>,
+    timestamp: Option<u64>,
     user_id: Option<&'a [u8]>,
     delivery_mode: Option<u8>,
     priority: Option<u8>,
@@ -65,7 +70,11 @@ impl<'a> Properties<'a> {
                     *(if bit == PRIORITY { &mut view.priority } else { &mut view.delivery_mode }) = Some(octet);
                     rest
                 }
-                TIMESTAMP => rest.get(8..).ok_or(MalformedProperties)?,
+                TIMESTAMP => {
+                    let (seconds, rest) = rest.split_first_chunk::<8>().ok_or(MalformedProperties)?;
+                    view.timestamp = Some(u64::from_be_bytes(*seconds));
+                    rest
+                }
                 HEADERS => {
                     let (len, after) = rest.split_first_chunk::<4>().ok_or(MalformedProperties)?;
                     let len = u32::from_be_bytes(*len) as usize;
@@ -76,8 +85,10 @@ impl<'a> Properties<'a> {
                     let (&len, after) = rest.split_first().ok_or(MalformedProperties)?;
                     let (text, rest) = after.split_at_checked(len as usize).ok_or(MalformedProperties)?;
                     match bit {
+                        CORRELATION_ID => view.correlation_id = Some(text),
                         REPLY_TO => view.reply_to = Some(text),
                         EXPIRATION => view.expiration = Some(text),
+                        MESSAGE_ID => view.message_id = Some(text),
                         USER_ID => view.user_id = Some(text),
                         _ => {} // passed through unread
                     }
@@ -119,7 +130,22 @@ impl<'a> Properties<'a> {
         parsed.ok().map(|(_, table)| table)
     }
 
-    /// `reply-to`, `expiration` and `user-id`, as bytes: content properties are not checked for UTF-8.
+    /// `correlation-id`, as bytes: content properties are not checked for UTF-8.
+    pub fn correlation_id(&self) -> Option<&'a [u8]> {
+        self.correlation_id
+    }
+
+    /// `message-id`, as bytes.
+    pub fn message_id(&self) -> Option<&'a [u8]> {
+        self.message_id
+    }
+
+    /// `timestamp`, in seconds since 1970 as far as clients keep to it.
+    pub fn timestamp(&self) -> Option<u64> {
+        self.timestamp
+    }
+
+    /// `reply-to`, `expiration` and `user-id`, as bytes.
     pub fn reply_to(&self) -> Option<&'a [u8]> {
         self.reply_to
     }
@@ -314,7 +340,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_combination_is_read(flags in 0u16..128, mode: u8, priority: u8, text in "[a-z]{0,20}") {
+        fn every_combination_is_read(flags in 0u16..512, mode: u8, priority: u8, text in "[a-z]{0,20}") {
             let mut properties = BasicProperties::default();
             let short = || ShortString::from(text.as_str());
             if flags & 1 != 0 { properties = properties.with_content_type(short()); }
@@ -324,6 +350,8 @@ mod tests {
             if flags & 16 != 0 { properties = properties.with_reply_to(short()); }
             if flags & 32 != 0 { properties = properties.with_expiration(short()).with_timestamp(9); }
             if flags & 64 != 0 { properties = properties.with_user_id(short()).with_cluster_id(short()); }
+            if flags & 128 != 0 { properties = properties.with_correlation_id(short()); }
+            if flags & 256 != 0 { properties = properties.with_message_id(short()); }
             let raw = encode(&properties);
             let view = Properties::parse(&raw).unwrap();
             prop_assert_eq!(view.is_persistent(), flags & 4 != 0 && mode == 2);
@@ -331,6 +359,9 @@ mod tests {
             prop_assert_eq!(view.reply_to(), (flags & 16 != 0).then_some(text.as_bytes()));
             prop_assert_eq!(view.expiration(), (flags & 32 != 0).then_some(text.as_bytes()));
             prop_assert_eq!(view.user_id(), (flags & 64 != 0).then_some(text.as_bytes()));
+            prop_assert_eq!(view.timestamp(), (flags & 32 != 0).then_some(9));
+            prop_assert_eq!(view.correlation_id(), (flags & 128 != 0).then_some(text.as_bytes()));
+            prop_assert_eq!(view.message_id(), (flags & 256 != 0).then_some(text.as_bytes()));
             prop_assert_eq!(view.headers(), (flags & 2 != 0).then(table));
             let other = view.with_reply_to(b"elsewhere");
             let changed = Properties::parse(&other).unwrap();

@@ -18,8 +18,8 @@ use crate::{
     broker::{
         Body, BrokerError, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route,
         SHARED_BODY_BYTES, Vhost, encode_names,
+        exchange::Attributes,
         extension::{Extension, ExtensionBytes, encode_keys},
-        router::TopologyError,
     },
     clock,
     model::{
@@ -222,13 +222,9 @@ impl Session {
         let keys: SmallVec<[&[u8]; 4]> =
             std::iter::once(routing_key).chain(adjusted.extra_keys.iter().map(Vec::as_slice)).collect();
         let mut found = Route::default();
-        vhost.route(exchange, &keys, None, &mut found).map_err(|error: TopologyError| Fault::from(error).at(60, 40))?;
+        let attributes = Properties::parse(message.properties).map(Attributes::of).unwrap_or_default();
+        vhost.route(exchange, &keys, &attributes, &mut found).map_err(|error| Fault::from(error).at(60, 40))?;
         let cacheable = found.cacheable && adjusted.extra_keys.is_empty();
-        if !found.cacheable {
-            let headers =
-                Properties::parse(message.properties).ok().and_then(|view| view.headers()).unwrap_or_default();
-            vhost.route(exchange, &keys, Some(&headers), &mut found).map_err(|error| Fault::from(error).at(60, 40))?;
-        }
         let route: CachedRoute = Arc::new(found.queues.drain(..).collect());
         if let (true, Some(channel)) = (cacheable, self.channels.get_mut(number)) {
             channel.routes.remember(message.names, epoch, route.clone());

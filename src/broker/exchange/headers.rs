@@ -3,9 +3,9 @@
 //! `x-match` says how they combine (`all`, the default, or `any`) and whether arguments whose name starts with `x-`
 //! are conditions too (`all-with-x`, `any-with-x`). An argument without a value asks only whether the header is there.
 
-use ahash::AHashMap;
 use amq_protocol::types::{AMQPValue, FieldTable};
 
+use super::rules::Rules;
 use super::slots::Slot;
 use super::target::{Target, Targets};
 use crate::model::arguments::{self, header_matches};
@@ -101,31 +101,23 @@ impl Rule {
 /// The rules of all bindings, tried one by one.
 #[derive(Clone, Debug, Default)]
 pub struct HeadersTable {
-    rules: Vec<(Slot, Target, Rule)>,
-    place: AHashMap<Slot, usize>,
+    rules: Rules<Rule>,
 }
 
 impl HeadersTable {
     pub fn add(&mut self, slot: Slot, table: &FieldTable, target: Target) {
-        self.place.insert(slot, self.rules.len());
-        self.rules.push((slot, target, Rule::compile(table)));
+        self.rules.add(slot, target, Rule::compile(table));
     }
 
     pub fn remove(&mut self, slot: Slot) {
-        let Some(place) = self.place.remove(&slot) else {
-            return;
-        };
-        self.rules.swap_remove(place);
-        if let Some((moved, ..)) = self.rules.get(place) {
-            self.place.insert(*moved, place);
-        }
+        self.rules.remove(slot);
     }
 
     /// One look-up per condition until a rule is decided.
     pub fn collect(&self, headers: Option<&FieldTable>, out: &mut Targets) {
-        for (_, target, rule) in &self.rules {
+        for (target, rule) in self.rules.iter() {
             if rule.matches(headers) {
-                out.push(*target);
+                out.push(target);
             }
         }
     }
@@ -235,21 +227,5 @@ mod tests {
             of_type(r#"table (value [{<<"a">>,longstr,<<"b">>}])"#)
         );
         assert_eq!(check_arguments(&table(&[("a", AMQPValue::Void)])), Ok(()));
-    }
-
-    #[test]
-    fn removing_a_rule_leaves_the_others() {
-        let mut rules = HeadersTable::default();
-        for slot in 0..4 {
-            rules.add(slot, &FieldTable::default(), Target::queue(slot));
-        }
-        rules.remove(1);
-        rules.remove(3);
-        rules.remove(3);
-        let mut out = Targets::default();
-        rules.collect(None, &mut out);
-        let mut found = out.as_slice().to_vec();
-        found.sort();
-        assert_eq!(found, [Target::queue(0), Target::queue(2)]);
     }
 }

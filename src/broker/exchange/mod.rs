@@ -9,113 +9,44 @@
 //! - X2: matching allocates nothing per word or binding, and its work is polynomial in the bindings and the key.
 //!
 //! # Further types
-//! An `x-` type gets a variant of [`ExchangeKind`] and one of [`Matcher`]. A matcher sees all keys and the headers at once
-//! ([`Subject`]), so that types which pick one destination, or look at a header, fit as well.
-
-use std::fmt;
+//! An `x-` type gets a variant of [`ExchangeKind`] and, unless it routes as another does, one of [`Matcher`]. A matcher
+//! sees all keys and properties at once ([`Subject`]), so that types which pick one destination, or look at a header, fit
+//! as well.
 
 use amq_protocol::types::FieldTable;
 
-use super::binding::Binding;
+use super::arguments::QueueType;
 use crate::model::arguments::{self, InequivalentArgument};
 use crate::model::{Name, ResourceName, erlang, is_reserved};
 
+mod consistent_hash;
+mod delayed;
 mod direct;
 mod fanout;
 mod headers;
+mod jms;
+mod kind;
+mod local_random;
+mod matcher;
+mod modulus_hash;
+mod random;
+mod recent_history;
+mod rules;
 mod slots;
+mod stable_hash;
+mod subject;
 mod target;
 mod topic;
 
-use direct::DirectTable;
-use fanout::FanoutTable;
-use headers::HeadersTable;
-use topic::TopicTrie;
-
+pub use kind::{ExchangeKind, UnknownExchangeKind};
+pub(super) use matcher::Matcher;
 pub(super) use slots::{Slot, Slots};
+pub use subject::Attributes;
+pub(super) use subject::Subject;
 pub(super) use target::{Target, Targets};
 
 /// The argument that names an exchange's alternate exchange.
 pub const ALTERNATE_EXCHANGE: &str = "alternate-exchange";
-
-/// How an exchange routes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ExchangeKind {
-    Direct,
-    Fanout,
-    Topic,
-    Headers,
-}
-
-/// Words that are no exchange type but that every RabbitMQ node knows as atoms; it has another text for them.
-const KNOWN_WORDS: [&str; 22] = [
-    "",
-    "any",
-    "all",
-    "bad",
-    "binding",
-    "channel",
-    "classic",
-    "connection",
-    "default",
-    "error",
-    "exchange",
-    "foo",
-    "invalid",
-    "message",
-    "ok",
-    "queue",
-    "quorum",
-    "rabbit",
-    "stream",
-    "test",
-    "undefined",
-    "unknown",
-];
-
-/// A type that is none. RabbitMQ 4 answers 406 on the channel; 3.x answered 503 on the connection.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum UnknownExchangeKind {
-    #[error("unknown exchange type '{0}'")]
-    Unknown(String),
-    /// A word the node knows as something else.
-    #[error("invalid exchange type '{0}'")]
-    Invalid(String),
-}
-
-impl ExchangeKind {
-    /// The type a client names in `exchange.declare`. Case counts.
-    ///
-    /// # Errors
-    /// The text for a type that is none.
-    pub fn parse(name: &str) -> Result<Self, UnknownExchangeKind> {
-        match name {
-            "direct" => Ok(Self::Direct),
-            "fanout" => Ok(Self::Fanout),
-            "topic" => Ok(Self::Topic),
-            "headers" => Ok(Self::Headers),
-            word if KNOWN_WORDS.contains(&word) => Err(UnknownExchangeKind::Invalid(word.to_owned())),
-            word => Err(UnknownExchangeKind::Unknown(word.to_owned())),
-        }
-    }
-
-    /// The type as clients name it.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Direct => "direct",
-            Self::Fanout => "fanout",
-            Self::Topic => "topic",
-            Self::Headers => "headers",
-        }
-    }
-}
-
-impl fmt::Display for ExchangeKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// The flags of `exchange.declare`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -194,6 +125,71 @@ impl Exchange {
         self.alternate.as_ref().or(self.policy_alternate.as_ref())
     }
 
+    /// Whether it keeps messages back that ask for it by their header `x-delay`, by its type or by an argument.
+    #[must_use]
+    pub fn is_delayed(&self) -> bool {
+        self.kind == ExchangeKind::Delayed || delayed::is_requested(&self.arguments)
+    }
+
+    /// The type that decides where messages go: its own, or of the type `x-delayed-message` that in `x-delayed-type`.
+    #[must_use]
+    pub fn routing_kind(&self) -> ExchangeKind {
+        match self.kind {
+            // No type was declared without a good argument, but a damaged definition may lack it.
+            ExchangeKind::Delayed => delayed::parse_type(&self.arguments).unwrap_or(ExchangeKind::Direct),
+            kind => kind,
+        }
+    }
+
+    /// How many recent messages it keeps for destinations that are bound later, at least one; none unless it routes as
+    /// `x-recent-history`.
+    #[must_use]
+    pub fn history_length(&self) -> Option<u64> {
+        (self.routing_kind() == ExchangeKind::RecentHistory).then(|| recent_history::length(&self.arguments))
+    }
+
+    /// Whether the exchange has to see every message, because it does more with them than routing.
+    pub(super) fn observes_messages(&self) -> bool {
+        self.is_delayed() || self.history_length().is_some()
+    }
+
+    /// Checks what the type demands of the arguments.
+    ///
+    /// # Errors
+    /// The text of the 406, which is RabbitMQ's.
+    pub(super) fn check_arguments(&self, vhost: &Name) -> Result<(), String> {
+        let kind = match self.kind {
+            ExchangeKind::Delayed => delayed::parse_type(&self.arguments)?,
+            kind => kind,
+        };
+        match kind {
+            ExchangeKind::ConsistentHash => {
+                consistent_hash::check_arguments(&ResourceName::exchange(&self.name, vhost), &self.arguments)
+            }
+            ExchangeKind::RecentHistory => recent_history::check_arguments(&self.arguments),
+            ExchangeKind::Direct
+            | ExchangeKind::Fanout
+            | ExchangeKind::Topic
+            | ExchangeKind::Headers
+            | ExchangeKind::Random
+            | ExchangeKind::LocalRandom
+            | ExchangeKind::ModulusHash
+            | ExchangeKind::JmsTopic
+            | ExchangeKind::Delayed => Ok(()),
+        }
+    }
+
+    /// Checks whether queues of this type can be bound.
+    ///
+    /// # Errors
+    /// The text of the 406, which is RabbitMQ's.
+    pub(super) fn check_queue_type(&self, queue_type: QueueType) -> Result<(), String> {
+        match self.routing_kind() {
+            ExchangeKind::LocalRandom => local_random::check_queue_type(queue_type),
+            _ => Ok(()),
+        }
+    }
+
     /// Compares a redeclaration with this exchange: type, flags, and of the arguments only the alternate exchange.
     ///
     /// # Errors
@@ -209,104 +205,11 @@ impl Exchange {
     }
 }
 
-/// What a message offers for routing: its routing key with CC and BCC behind it, and its headers.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Subject<'a> {
-    pub keys: &'a [&'a [u8]],
-    pub headers: Option<&'a FieldTable>,
-}
-
-/// The bindings of one exchange, arranged for matching.
-#[derive(Clone, Debug)]
-pub(super) enum Matcher {
-    Direct(DirectTable),
-    Fanout(FanoutTable),
-    Topic(TopicTrie),
-    Headers(HeadersTable),
-}
-
-impl Matcher {
-    pub fn new(kind: ExchangeKind) -> Self {
-        match kind {
-            ExchangeKind::Direct => Self::Direct(DirectTable::default()),
-            ExchangeKind::Fanout => Self::Fanout(FanoutTable::default()),
-            ExchangeKind::Topic => Self::Topic(TopicTrie::default()),
-            ExchangeKind::Headers => Self::Headers(HeadersTable::default()),
-        }
-    }
-
-    /// What the type demands of a binding's key and arguments; the error is the 406 text.
-    pub fn check(&self, binding: &Binding) -> Result<(), String> {
-        match self {
-            Self::Direct(_) | Self::Fanout(_) | Self::Topic(_) => Ok(()),
-            Self::Headers(_) => headers::check_arguments(&binding.arguments),
-        }
-    }
-
-    /// Adds a binding that [`Matcher::check`] accepted; `slot` is its place in the binding table.
-    pub fn add(&mut self, slot: Slot, binding: &Binding, target: Target) {
-        match self {
-            Self::Direct(table) => table.add(&binding.key, target),
-            Self::Fanout(table) => table.add(target),
-            Self::Topic(trie) => trie.add(&binding.key, target),
-            Self::Headers(table) => table.add(slot, &binding.arguments, target),
-        }
-    }
-
-    /// Removes a binding that was added with the same values.
-    pub fn remove(&mut self, slot: Slot, binding: &Binding, target: Target) {
-        match self {
-            Self::Direct(table) => table.remove(&binding.key, target),
-            Self::Fanout(table) => table.remove(target),
-            Self::Topic(trie) => trie.remove(&binding.key, target),
-            Self::Headers(table) => table.remove(slot),
-        }
-    }
-
-    /// Collects where a message goes.
-    pub fn collect(&self, subject: &Subject<'_>, out: &mut Targets) {
-        match self {
-            Self::Direct(table) => {
-                for key in subject.keys {
-                    table.collect(key, out);
-                }
-            }
-            Self::Fanout(table) => table.collect(out),
-            Self::Topic(trie) => {
-                for key in subject.keys {
-                    trie.collect(key, out);
-                }
-            }
-            Self::Headers(table) => table.collect(subject.headers, out),
-        }
-    }
-
-    /// Whether the result depends on the keys only, so that it holds for the next message with the same key.
-    pub fn is_cacheable(&self) -> bool {
-        match self {
-            Self::Direct(_) | Self::Fanout(_) | Self::Topic(_) => true,
-            Self::Headers(_) => false,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use amq_protocol::types::AMQPValue;
 
     use super::*;
-
-    #[test]
-    fn types_are_parsed_case_sensitively_with_rabbitmqs_texts() {
-        for kind in ["direct", "fanout", "topic", "headers"] {
-            assert_eq!(ExchangeKind::parse(kind).map(ExchangeKind::as_str), Ok(kind));
-        }
-        let text = |kind| ExchangeKind::parse(kind).unwrap_err().to_string();
-        assert_eq!(text("Direct"), "unknown exchange type 'Direct'");
-        assert_eq!(text("x-nonsense"), "unknown exchange type 'x-nonsense'");
-        assert_eq!(text("queue"), "invalid exchange type 'queue'");
-        assert_eq!(text(""), "invalid exchange type ''");
-    }
 
     #[test]
     fn the_argument_wins_over_the_policy_for_the_alternate_exchange() {
@@ -348,5 +251,61 @@ mod tests {
         let mut same = new.clone();
         same.arguments.insert("third".into(), AMQPValue::Void);
         assert_eq!(new.check_equivalent(&same, &vhost), Ok(()));
+    }
+
+    fn with_arguments(kind: ExchangeKind, arguments: &[(&str, AMQPValue)]) -> Exchange {
+        let mut table = FieldTable::default();
+        for (name, value) in arguments {
+            table.insert((*name).into(), value.clone());
+        }
+        Exchange::new("x".into(), kind, ExchangeOptions::default(), table)
+    }
+
+    fn text(value: &str) -> AMQPValue {
+        AMQPValue::LongString(value.into())
+    }
+
+    #[test]
+    fn a_delayed_exchange_routes_as_the_type_in_its_argument() {
+        let delayed = |kind| with_arguments(ExchangeKind::Delayed, &[("x-delayed-type", text(kind))]);
+        let exchange = delayed("topic");
+        assert_eq!((exchange.is_delayed(), exchange.routing_kind()), (true, ExchangeKind::Topic));
+        assert_eq!((exchange.history_length(), exchange.observes_messages()), (None, true));
+        assert_eq!(delayed("x-recent-history").history_length(), Some(20));
+        let by_argument = with_arguments(ExchangeKind::Fanout, &[("x-delayed-exchange", AMQPValue::Boolean(true))]);
+        assert_eq!((by_argument.is_delayed(), by_argument.routing_kind()), (true, ExchangeKind::Fanout));
+        let plain = with_arguments(ExchangeKind::Fanout, &[("x-delayed-exchange", AMQPValue::Boolean(false))]);
+        assert!(!plain.is_delayed() && !plain.observes_messages());
+        assert_eq!(with_arguments(ExchangeKind::Delayed, &[]).routing_kind(), ExchangeKind::Direct);
+    }
+
+    #[test]
+    fn arguments_are_checked_by_type_and_those_of_a_delayed_exchange_by_both() {
+        let check =
+            |kind, arguments: &[(&str, AMQPValue)]| with_arguments(kind, arguments).check_arguments(&"/".into());
+        let error = |text: &str| Err(text.to_owned());
+        let property = ("hash-property", text("content_type"));
+        let unsupported = "Unsupported property: content_type";
+        assert_eq!(check(ExchangeKind::ConsistentHash, &[property.clone()]), error(unsupported));
+        assert_eq!(check(ExchangeKind::Direct, &[property.clone()]), Ok(()));
+        let inner = ("x-delayed-type", text("x-consistent-hash"));
+        assert_eq!(check(ExchangeKind::Delayed, &[inner.clone(), property]), error(unsupported));
+        assert_eq!(check(ExchangeKind::Delayed, &[inner]), Ok(()));
+        let missing = "Invalid argument, 'x-delayed-type' must be an existing exchange type";
+        assert_eq!(check(ExchangeKind::Delayed, &[]), error(missing));
+        let length = ("x-recent-history-length", AMQPValue::LongInt(0));
+        let positive = "Invalid argument 0, 'x-recent-history-length' must be a positive integer";
+        assert_eq!(check(ExchangeKind::RecentHistory, &[length.clone()]), error(positive));
+        assert_eq!(check(ExchangeKind::Fanout, &[length]), Ok(()));
+    }
+
+    #[test]
+    fn only_local_random_is_particular_about_queues() {
+        let check = |exchange: Exchange| exchange.check_queue_type(QueueType::Quorum);
+        let refused = Err("Queue type rabbit_quorum_queue not valid for this exchange type".to_owned());
+        assert_eq!(check(with_arguments(ExchangeKind::LocalRandom, &[])), refused);
+        let inner = ("x-delayed-type", text("x-local-random"));
+        assert_eq!(check(with_arguments(ExchangeKind::Delayed, &[inner])), refused);
+        assert_eq!(check(with_arguments(ExchangeKind::Random, &[])), Ok(()));
     }
 }

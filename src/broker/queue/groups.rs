@@ -5,7 +5,7 @@
 //! cannot take it now is *parked*: taken out of the log, first in its group, so that what stands behind it can go on. The
 //! number of parked messages is bounded; beyond it the queue waits.
 
-use std::{collections::VecDeque, hash::BuildHasher};
+use std::collections::VecDeque;
 
 use ahash::{AHashMap, RandomState};
 

@@ -1,10 +1,9 @@
 //! The way of one message: from its exchange over bindings, further exchanges and alternate exchanges to queues.
 
-use amq_protocol::types::FieldTable;
 use smallvec::SmallVec;
 
 use super::{Topology, TopologyError};
-use crate::broker::exchange::{Subject, Target, Targets};
+use crate::broker::exchange::{Attributes, Subject, Target, Targets};
 
 /// Where a message goes. Kept and reused by whoever publishes, so that routing allocates nothing.
 #[derive(Clone, Debug)]
@@ -12,7 +11,7 @@ pub struct RouteResult<T> {
     /// Each queue once.
     pub queues: SmallVec<[T; 4]>,
     /// Whether the next message with the same exchange and keys goes the same way, while the topology stands. False
-    /// when the headers had a say.
+    /// when properties or chance had a say, and when an exchange on the way has to see every message.
     pub cacheable: bool,
     /// What is collected on the way; its memory is reused.
     targets: Targets,
@@ -35,12 +34,13 @@ impl<T: Clone> Topology<T> {
     ///
     /// # Cost
     /// Hot path: no allocation with up to 4 queues and 16 matches. Default and direct exchange: one look-up per key;
-    /// fanout: a copy; topic: a walk; headers: every binding. Plus a clone of `T` per queue.
+    /// fanout: a copy; topic: a walk; headers, JMS selectors and consistent hash: every binding. Plus a clone of `T` per
+    /// queue.
     pub fn route(
         &self,
         exchange: &str,
         keys: &[&[u8]],
-        headers: Option<&FieldTable>,
+        attributes: &Attributes<'_>,
         out: &mut RouteResult<T>,
     ) -> Result<(), TopologyError> {
         let RouteResult { queues, cacheable, targets } = out;
@@ -50,7 +50,7 @@ impl<T: Clone> Topology<T> {
         if exchange.is_empty() {
             self.collect_by_name(keys, targets);
         } else {
-            *cacheable = self.collect_from(exchange, &Subject { keys, headers }, targets)?;
+            *cacheable = self.collect_from(exchange, &Subject { keys, attributes }, targets)?;
         }
         let found = targets.as_slice().iter().filter_map(|target| self.queues.get(target.as_queue()?));
         queues.extend(found.map(|entry| entry.target.clone()));
@@ -77,7 +77,7 @@ impl<T: Clone> Topology<T> {
         let mut visited = 0;
         loop {
             entry.matcher.collect(subject, out);
-            cacheable &= entry.matcher.is_cacheable();
+            cacheable &= entry.cacheable;
             if !out.take_matched()
                 && let Some(alternate) = entry.exchange.effective_alternate()
                 && let Some(&slot) = self.exchange_slots.get(alternate)

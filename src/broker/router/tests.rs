@@ -4,7 +4,7 @@ use amq_protocol::types::{AMQPValue, FieldTable};
 use proptest::prelude::*;
 
 use super::*;
-use crate::broker::exchange::{ExchangeKind, ExchangeOptions};
+use crate::broker::exchange::{Attributes, ExchangeKind, ExchangeOptions};
 
 fn topology() -> Topology<&'static str> {
     Topology::with_predeclared("/".into())
@@ -41,7 +41,7 @@ fn to_exchange(source: &str, destination: &str, key: &str) -> Binding {
 fn route(topology: &Topology<&'static str>, exchange: &str, keys: &[&str]) -> Vec<&'static str> {
     let keys: Vec<&[u8]> = keys.iter().map(|key| key.as_bytes()).collect();
     let mut out = RouteResult::default();
-    topology.route(exchange, &keys, None, &mut out).unwrap();
+    topology.route(exchange, &keys, &Attributes::none(), &mut out).unwrap();
     let unique: BTreeSet<_> = out.queues.iter().copied().collect();
     assert_eq!(unique.len(), out.queues.len(), "{:?}", out.queues);
     unique.into_iter().collect()
@@ -108,7 +108,7 @@ fn what_is_missing_is_named_source_first() {
     let refusals = [
         (topology.declare_passive("n").unwrap_err(), 404, exchange),
         (topology.check_publish("n").unwrap_err(), 404, exchange),
-        (topology.route("n", &[], None, &mut out).unwrap_err(), 404, exchange),
+        (topology.route("n", &[], &Attributes::none(), &mut out).unwrap_err(), 404, exchange),
         (topology.bind(to_queue("n", "m", "")).unwrap_err(), 404, exchange),
         (topology.bind(to_exchange("n", "m", "")).unwrap_err(), 404, exchange),
         (topology.bind(to_exchange("x", "n", "")).unwrap_err(), 404, exchange),
@@ -194,7 +194,7 @@ fn the_default_exchange_routes_to_each_queue_a_key_names() {
     assert_eq!(topology.queue("a"), None);
     assert_eq!(route(&topology, "", &["a"]), [""; 0]);
     let mut out = RouteResult::default();
-    topology.route("", &[b"\xff"], None, &mut out).unwrap();
+    topology.route("", &[b"\xff"], &Attributes::none(), &mut out).unwrap();
     assert!(out.queues.is_empty());
 }
 
@@ -321,7 +321,8 @@ fn what_a_headers_exchange_decides_is_not_cacheable() {
     headers.insert("a".into(), AMQPValue::LongLongInt(1));
     let mut out = RouteResult::default();
     let mut result = |exchange: &str, key: &[u8], headers: Option<&FieldTable>| {
-        topology.route(exchange, &[key], headers, &mut out).unwrap();
+        let attributes = headers.map_or_else(Attributes::none, Attributes::with_headers);
+        topology.route(exchange, &[key], &attributes, &mut out).unwrap();
         (out.queues.to_vec(), out.cacheable)
     };
     assert_eq!(result("amq.headers", b"", Some(&headers)), (vec!["q"], false));
