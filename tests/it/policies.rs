@@ -44,7 +44,7 @@ fn names(broker: &TestBroker, kind: PolicyKind) -> Vec<String> {
 }
 
 fn rules(broker: &TestBroker, queue: &str) -> Arc<QueueRules> {
-    broker.server().broker().vhost("/").unwrap().queue(queue).unwrap().rules()
+    broker.server().broker().vhost("/").unwrap().queue(queue).unwrap().rules().into()
 }
 
 async fn declare_fanout(client: &Client, exchange: &str, arguments: FieldTable) {
