@@ -11,7 +11,6 @@ from helpers import (
     eventually,
     exchange_exists,
     expect_channel_close,
-    expect_counts,
     get,
     get_one,
     never,
