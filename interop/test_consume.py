@@ -170,8 +170,8 @@ def test_global_prefetch_is_shared_by_all_consumers_of_the_channel(connection, c
     channel.basic_qos(prefetch_count=3, global_qos=True)
     consumers = [consume(connection, channel, queue) for queue in (first, second)]
     publish(channel, first, *numbers(2))
-    publish(channel, second, *numbers(5))
     consumers[0].wait_for(2)
+    publish(channel, second, *numbers(5))
     consumers[1].wait_for(1).stay_at(1)
     channel.basic_ack(consumers[0][0].tag)
     consumers[1].wait_for(2).stay_at(2, during=0.2)

@@ -97,7 +97,7 @@ def test_of_both_limits_the_one_reached_first_counts(max_length, max_length_byte
     expect_counts(channel, queue, messages=left, consumers=0)
 
 
-def test_unacknowledged_messages_do_not_count(queue_type, connection, channel, declare):
+def test_unacknowledged_messages_do_not_count(queue_type, channel, declare):
     queue = declare(queue_type=queue_type, max_length=2)
     publish(channel, queue, *numbers(2))
     held = [get_one(channel, queue) for _ in range(2)]
@@ -232,7 +232,7 @@ def test_refusal_is_by_bytes_too(confirming, channel, rejecting):
 
 
 @pytest.mark.parametrize("make_room", ["get", "ack", "purge", "expire"])
-def test_messages_are_accepted_again_once_there_is_room(make_room, connection, channel, rejecting):
+def test_messages_are_accepted_again_once_there_is_room(make_room, channel, rejecting):
     queue = rejecting(max_length=1)
     channel.confirm_delivery()
     publish(channel, queue, "1", expiration="500" if make_room == "expire" else None)

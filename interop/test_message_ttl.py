@@ -246,7 +246,7 @@ def test_message_without_any_time_passes_a_consumer_that_has_no_room(connection,
 # ---- Unacknowledged and requeued
 
 
-def test_unacknowledged_message_does_not_expire(queue_type, channel, declare, name):
+def test_unacknowledged_message_does_not_expire(queue_type, channel, declare):
     dead = declare("dead")
     queue = declare(
         queue_type=queue_type, message_ttl=200, dead_letter_exchange="", dead_letter_routing_key=dead

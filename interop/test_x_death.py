@@ -376,7 +376,7 @@ def test_deaths_in_one_queue_for_different_reasons_are_told_apart(client, bury, 
     )
 
 
-def test_death_counted_again_comes_to_the_front(client, bury, declare, name, server):
+def test_death_counted_again_comes_to_the_front(client, bury, name, server):
     # Round and round through three queues.
     names = [name(f"round{place}") for place in range(3)]
     for place, queue in enumerate(names):
