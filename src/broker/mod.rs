@@ -35,7 +35,7 @@ pub use self::{
     error::BrokerError,
     memory::MemoryBudget,
     message::{Body, Message, OwnedMessage, encode_names},
-    port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port},
+    port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port, TimedOut},
     queue::{
         ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Outcome, Queue, QueueOptions, SHARED_BODY_BYTES,
         Settled, Settlement,
@@ -247,8 +247,11 @@ impl Broker {
                     self.delete_queue(&queue, effects);
                 }
             }
-            for (port, to) in effects.timed_out.drain(..) {
-                port.consumer_timed_out(to);
+            for (port, to, how) in effects.timed_out.drain(..) {
+                match how {
+                    TimedOut::Consumer => port.consumer_timed_out(to),
+                    TimedOut::Get => port.get_timed_out(to),
+                }
             }
             if !effects.dead.is_empty() {
                 self.dead_letter(effects);

@@ -61,6 +61,16 @@ pub trait Port: Send + Sync {
     /// A consumer did not settle in time, and what it held went back to its queue: it is cancelled if the client wants to be
     /// told of that, its channel is closed otherwise. No queue is locked.
     fn consumer_timed_out(&self, to: Address);
+
+    /// The same for a `basic.get`, which can only be told by the end of its channel.
+    fn get_timed_out(&self, to: Address);
+}
+
+/// How a message was had that was not settled in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimedOut {
+    Consumer,
+    Get,
 }
 
 /// A message that a queue gives up, on its way to the dead-letter exchange or the parking queue.
@@ -93,7 +103,7 @@ pub struct Effects {
     /// Messages to be dead-lettered.
     pub dead: Vec<DyingMessage>,
     /// Consumers that did not settle in time.
-    pub timed_out: Vec<(Arc<dyn Port>, Address)>,
+    pub timed_out: Vec<(Arc<dyn Port>, Address, TimedOut)>,
     /// Queues nobody has used for longer than they may be unused.
     pub expired: Vec<Arc<super::queue::Queue>>,
 }

@@ -457,11 +457,12 @@ impl Session {
     }
 
     fn return_remains(&mut self, remains: Remains) {
-        for (queue, consumer) in remains.consumers {
-            queue.cancel(consumer, &mut self.effects);
-        }
+        // What comes back has to be there before the next consumer takes over.
         for (queue, consumer, deliveries) in remains.unacked {
             queue.settle(consumer, &deliveries, Settlement::Failed, &mut self.effects);
+        }
+        for (queue, consumer) in remains.consumers {
+            queue.cancel(consumer, &mut self.effects);
         }
         self.carry_out();
     }

@@ -21,8 +21,9 @@ const RUN_METHODS: usize = 1024;
 fn settlement(view: &SettleView, method: u32) -> Settlement {
     match view.requeue {
         None => Settlement::Acked,
-        Some(false) => Settlement::Rejected,
         // As in RabbitMQ: only a reject says that the delivery has failed.
+        Some(false) if method == BASIC_REJECT => Settlement::Rejected,
+        Some(false) => Settlement::Discarded,
         Some(true) if method == BASIC_REJECT => Settlement::Failed,
         Some(true) => Settlement::Returned,
     }

@@ -108,7 +108,11 @@ impl Session {
                 self.outbox.settle_taken(number, taken, &mut self.settling);
                 round = round.max(self.apply_settlements(*how, true));
             }
-            if transaction.settlements.iter().any(|(how, _)| *how == Settlement::Rejected) {
+            if transaction
+                .settlements
+                .iter()
+                .any(|(how, _)| matches!(how, Settlement::Rejected | Settlement::Discarded))
+            {
                 round = round.max(broker.open_round()); // the dead letters are in it
             }
             self.carry_out();

@@ -77,7 +77,8 @@ pub fn basic_ack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64, multiple: b
 pub fn basic_nack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64, multiple: bool) {
     method_head(out, channel, 9, 120);
     out.extend_from_slice(&delivery_tag.to_be_bytes());
-    out.extend_from_slice(&[u8::from(multiple), FRAME_END]);
+    // RabbitMQ sets the requeue bit, which means nothing here.
+    out.extend_from_slice(&[u8::from(multiple) | 2, FRAME_END]);
 }
 
 /// A content header for class basic.

@@ -62,7 +62,9 @@ impl Attempts {
     /// Notes what a message that comes from another queue has behind it.
     pub fn seed(&mut self, position: u64, failed: u32) {
         self.dirty.insert(position / SEGMENT_RECORDS);
-        self.entries.entry(position).or_default().failed = u16::try_from(failed).unwrap_or(u16::MAX);
+        let failed = u16::try_from(failed).unwrap_or(u16::MAX);
+        let attempt = self.entries.entry(position).or_default();
+        (attempt.returned, attempt.failed) = (failed, failed);
     }
 
     /// Forgets a message that is gone.

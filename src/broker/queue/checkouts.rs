@@ -1,34 +1,41 @@
 //! Who holds which message since when, for queues whose consumers must settle in time (quorum-type ones).
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
 use ahash::AHashMap;
 
-use super::ConsumerId;
+use super::{ConsumerId, Settled};
+use crate::broker::port::{Address, Port};
 
 /// See the module. Positions are queue-wide.
 #[derive(Default)]
 pub struct Checkouts {
     holders: AHashMap<u64, Holder>,
+    /// Who had it by `basic.get`.
+    getters: AHashMap<u64, (Arc<dyn Port>, Address)>,
     /// In the order of the deadlines of most; some may be settled.
     deadlines: VecDeque<(u64, u64)>,
 }
 
 #[derive(Clone, Copy)]
 struct Holder {
-    /// `None` is a `basic.get`, which has no deadline.
+    /// `None` is a `basic.get`.
     consumer: Option<ConsumerId>,
     deadline_unix_ms: u64,
     body_bytes: u32,
     durable: bool,
 }
 
-/// A message that its consumer did not settle in time.
+/// Who has held messages for too long.
+pub enum OverdueHolder {
+    Consumer(ConsumerId),
+    Getter(Arc<dyn Port>, Address),
+}
+
+/// What somebody has held for too long, oldest first.
 pub struct Overdue {
-    pub position: u64,
-    pub consumer: ConsumerId,
-    pub body_bytes: u32,
-    pub durable: bool,
+    pub holder: OverdueHolder,
+    pub deliveries: Vec<Settled>,
 }
 
 impl Checkouts {
@@ -47,11 +54,17 @@ impl Checkouts {
         }
     }
 
+    /// Notes who had a message by `basic.get`.
+    pub fn begin_get(&mut self, position: u64, port: Arc<dyn Port>, to: Address) {
+        self.getters.insert(position, (port, to));
+    }
+
     /// Ends a delivery; `false` when the consumer does not hold the message any more.
     pub fn end(&mut self, position: u64, consumer: Option<ConsumerId>) -> bool {
         let holds = self.holders.get(&position).is_some_and(|holder| holder.consumer == consumer);
         if holds {
             self.holders.remove(&position);
+            self.getters.remove(&position);
             self.drop_settled();
         }
         holds
@@ -71,31 +84,50 @@ impl Checkouts {
         self.deadlines.front().map_or(u64::MAX, |(deadline, _)| *deadline)
     }
 
-    /// The consumer that has held a message beyond its deadline, if one has.
-    pub fn overdue_consumer(&mut self, now_unix_ms: u64) -> Option<ConsumerId> {
-        self.drop_settled();
-        let (deadline, position) = self.deadlines.front()?;
-        let holder = self.holders.get(position)?;
-        (*deadline <= now_unix_ms).then_some(holder.consumer).flatten()
+    /// Takes away what somebody has held beyond a deadline: of a consumer everything it holds, as it is not trusted any
+    /// more; of a `basic.get` that message.
+    pub fn take_overdue(&mut self, now_unix_ms: u64) -> Option<Overdue> {
+        loop {
+            self.drop_settled();
+            let &(deadline, position) = self.deadlines.front()?;
+            if deadline > now_unix_ms {
+                return None;
+            }
+            let holder = *self.holders.get(&position)?;
+            match (holder.consumer, self.getters.remove(&position)) {
+                (Some(consumer), _) => {
+                    let deliveries = self.take_all_of(consumer);
+                    return Some(Overdue { holder: OverdueHolder::Consumer(consumer), deliveries });
+                }
+                (None, Some((port, to))) => {
+                    self.holders.remove(&position);
+                    let deliveries = vec![holder.settled(position)];
+                    return Some(Overdue { holder: OverdueHolder::Getter(port, to), deliveries });
+                }
+                (None, None) => {
+                    self.deadlines.pop_front();
+                }
+            }
+        }
     }
 
-    /// Takes away everything a consumer holds, oldest first.
-    pub fn take_all_of(&mut self, consumer: ConsumerId) -> Vec<Overdue> {
-        let held_by = |holder: &Holder| holder.consumer == Some(consumer);
-        let mut taken: Vec<Overdue> = self
-            .holders
-            .iter()
-            .filter(|(_, holder)| held_by(holder))
-            .map(|(&position, holder)| Overdue {
-                position,
-                consumer,
-                body_bytes: holder.body_bytes,
-                durable: holder.durable,
-            })
-            .collect();
-        self.holders.retain(|_, holder| !held_by(holder));
+    fn take_all_of(&mut self, consumer: ConsumerId) -> Vec<Settled> {
+        let mut taken = Vec::new();
+        self.holders.retain(|&position, holder| {
+            let held = holder.consumer == Some(consumer);
+            if held {
+                taken.push(holder.settled(position));
+            }
+            !held
+        });
         self.drop_settled();
-        taken.sort_unstable_by_key(|overdue| overdue.position);
+        taken.sort_unstable_by_key(|delivery| delivery.seq);
         taken
+    }
+}
+
+impl Holder {
+    fn settled(&self, position: u64) -> Settled {
+        Settled { seq: position, body_bytes: self.body_bytes, persistent: self.durable }
     }
 }

@@ -27,6 +27,8 @@ pub struct Consumer {
     /// How long it may hold a message unacked, in milliseconds; its own argument, where the queue's type has such a limit.
     pub timeout_ms: Option<u64>,
     unacked: u32,
+    /// Deliveries that were taken back and that it has not settled yet: until then it gets nothing.
+    overdue: u32,
     serial: u32,
     blocked: bool,
     in_turn: bool,
@@ -51,6 +53,7 @@ impl Consumer {
             prefetch: std::num::NonZeroU16::new(prefetch),
             timeout_ms: None,
             unacked: 0,
+            overdue: 0,
             serial: 0,
             blocked: false,
             in_turn: false,
@@ -64,7 +67,9 @@ impl Consumer {
 
     #[inline]
     fn is_ready(&self) -> bool {
-        !self.blocked && (self.no_ack || self.prefetch.is_none_or(|limit| self.unacked < u32::from(limit.get())))
+        !self.blocked
+            && self.overdue == 0
+            && (self.no_ack || self.prefetch.is_none_or(|limit| self.unacked < u32::from(limit.get())))
     }
 
     /// Unacked deliveries it holds.
@@ -157,6 +162,7 @@ impl ConsumerRing {
         let rank = |consumer: &Consumer| (-i128::from(consumer.priority), consumer.serial);
         let present = self.active.and_then(|index| self.consumers[index as usize].as_ref());
         let best = (0u32..).zip(&self.consumers).filter_map(|(index, entry)| Some((index, entry.as_ref()?)));
+        let best = best.filter(|(_, consumer)| consumer.overdue == 0);
         let Some((best, consumer)) = best.min_by_key(|(_, consumer)| rank(consumer)) else {
             (self.active, self.yielding) = (None, false);
             return;
@@ -316,15 +322,32 @@ impl ConsumerRing {
         }
     }
 
-    /// Gives back the credit of `count` settled deliveries; nothing for a consumer that is gone.
+    /// Has a consumer get nothing until it has settled `overdue` deliveries that were taken back.
+    pub fn suspend(&mut self, id: ConsumerId, overdue: u32) {
+        let Some(consumer) = self.get_mut(id) else { return };
+        consumer.overdue += overdue;
+        consumer.in_turn = false;
+        self.levels.iter_mut().for_each(|(_, turn)| turn.retain(|&index| index != id.index));
+        self.levels.retain(|(_, turn)| !turn.is_empty());
+        if self.active == Some(id.index) {
+            self.active = None;
+            self.elect();
+        }
+    }
+
+    /// Gives back the credit of `count` settled deliveries, `late` of which had been taken back; nothing for a consumer that
+    /// is gone.
     #[inline]
-    pub fn settled(&mut self, id: ConsumerId, count: u32) {
+    pub fn settled(&mut self, id: ConsumerId, count: u32, late: u32) {
         let yielding = self.yielding;
         if let Some(consumer) = self.get_mut(id) {
             consumer.unacked = consumer.unacked.saturating_sub(count);
-            if yielding {
+            consumer.overdue = consumer.overdue.saturating_sub(late);
+            let idle = !consumer.in_turn;
+            if yielding || late > 0 {
                 self.elect();
-            } else if !consumer.in_turn {
+            }
+            if idle {
                 self.queue_up(id.index);
             }
         }

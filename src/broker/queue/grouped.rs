@@ -204,7 +204,7 @@ impl QueueState {
             return Given::Expired;
         }
         let Some(consumer) = self.consumers.get_mut(id) else { return Given::Blocked };
-        if redelivered && !self.attempts.is_empty() {
+        if !self.attempts.is_empty() && (self.checkouts.is_some() || self.rules.retry.is_some()) {
             decorate_attempts(&self.attempts, position, &mut message, &mut self.decorated);
         }
         let (body_bytes, durable) = (message.body.len() as u32, message.persistent);
@@ -303,6 +303,7 @@ impl QueueState {
             self.unacked.add(1, parked.body_bytes.into());
             if let Some(checkouts) = &mut self.checkouts {
                 checkouts.begin(parked.position, None, u64::MAX, parked.body_bytes, parked.durable);
+                checkouts.begin_get(parked.position, port.clone(), to);
             }
         }
         offer

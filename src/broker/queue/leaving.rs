@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::{
     ConsumerId, Queue, Settled, Settlement,
+    checkouts::OverdueHolder,
     lane::Tally,
     lanes::queue_position,
     state::{Next, QueueState},
@@ -14,7 +15,7 @@ use crate::{
         arguments::QueueType,
         dead_letter::DeathReason,
         message::{Message, OwnedMessage},
-        port::{DyingMessage, Effects},
+        port::{DyingMessage, Effects, TimedOut},
         rules::{DelayedRetryKind, Overflow},
     },
     clock,
@@ -118,7 +119,7 @@ impl Queue {
         let failures = state.attempts.get(delivery.seq).map_or(0, |attempt| u32::from(attempt.failed));
         effects.dead.push(DyingMessage {
             queue: self.clone(),
-            deliveries: failures + u32::from(reason == DeathReason::Rejected),
+            deliveries: failures,
             position: Some(delivery.seq),
             body_bytes: delivery.body_bytes,
             durable: delivery.persistent,
@@ -258,7 +259,7 @@ impl Queue {
         }
     }
 
-    /// Applies rejections and returns.
+    /// Applies rejections and returns; answers how many came too late.
     pub(super) fn settle_undone(
         self: &Arc<Self>,
         state: &mut QueueState,
@@ -266,19 +267,25 @@ impl Queue {
         deliveries: &[Settled],
         how: Settlement,
         effects: &mut Effects,
-    ) {
+    ) -> u32 {
         let now = if state.counts_attempts() { clock::now_unix_ms() } else { 0 };
+        let mut late = 0;
         for delivery in deliveries {
             if !state.check_in(consumer, delivery) {
+                late += 1;
                 continue;
             }
             match how {
-                Settlement::Rejected if state.rules.retry.is_none() => {
+                Settlement::Rejected | Settlement::Discarded if state.rules.retry.is_none() => {
+                    if how == Settlement::Rejected && state.counts_attempts() {
+                        state.attempts.count(delivery.seq, true);
+                    }
                     self.bury(state, delivery, DeathReason::Rejected, None, effects);
                 }
                 _ => self.put_back(state, delivery, how, now, effects),
             }
         }
+        late
     }
 
     /// Makes a held message ready again: now, after its backoff, or not at all when it has failed too often.
@@ -295,6 +302,10 @@ impl Queue {
             return;
         }
         let failed = how != Settlement::Returned || state.rules.retry.is_some();
+        if !failed && !state.shows_attempts() {
+            state.give_back(delivery);
+            return;
+        }
         let attempt = state.attempts.count(delivery.seq, failed);
         let failures = u32::from(attempt.failed);
         let beyond_limit = state.rules.delivery_limit.is_some_and(|limit| failures > limit);
@@ -311,25 +322,7 @@ impl Queue {
             state.wake_at_unix_ms = state.wake_at_unix_ms.min(due);
             return;
         }
-        if !failed && self.traits.queue_type == QueueType::Quorum && state.rules.delivery_limit.is_none() {
-            self.append_again(state, delivery);
-            return;
-        }
         state.give_back(delivery);
-    }
-
-    /// Moves a held message to the tail, as quorum queues without a delivery limit do with what is returned.
-    fn append_again(&self, state: &mut QueueState, delivery: &Settled) {
-        let message = state
-            .lanes
-            .find(delivery.seq)
-            .and_then(|(lane, seq)| lane.log.message(seq).as_ref().map(OwnedMessage::from));
-        let Some(message) = message else {
-            state.give_back(delivery); // it would have to be read first; its old place is as good
-            return;
-        };
-        state.finish(delivery);
-        state.append(&message.view(), clock::now_unix_ms(), 0);
     }
 
     /// Makes messages ready whose backoff is over.
@@ -342,19 +335,23 @@ impl Queue {
 
     /// Takes back what consumers have held for too long.
     pub(super) fn return_overdue(self: &Arc<Self>, state: &mut QueueState, now_unix_ms: u64, effects: &mut Effects) {
-        loop {
-            let Some(checkouts) = &mut state.checkouts else { return };
-            let Some(consumer) = checkouts.overdue_consumer(now_unix_ms) else { return };
-            let overdue = checkouts.take_all_of(consumer);
-            tracing::warn!(queue = %self.options.name, vhost = %self.options.vhost, messages = overdue.len(), "a consumer did not acknowledge in time");
-            for held in overdue {
-                let delivery = Settled { seq: held.position, body_bytes: held.body_bytes, persistent: held.durable };
-                state.unacked.sub(1, held.body_bytes.into());
-                self.put_back(state, &delivery, Settlement::Returned, now_unix_ms, effects);
+        while let Some(overdue) = state.checkouts.as_mut().and_then(|checkouts| checkouts.take_overdue(now_unix_ms)) {
+            tracing::warn!(queue = %self.options.name, vhost = %self.options.vhost, messages = overdue.deliveries.len(), "a consumer did not acknowledge in time");
+            for delivery in &overdue.deliveries {
+                state.unacked.sub(1, delivery.body_bytes.into());
+                self.put_back(state, delivery, Settlement::Returned, now_unix_ms, effects);
             }
-            if let Some(gone) = state.consumers.remove(consumer) {
-                effects.timed_out.push((gone.port, gone.address));
-            }
+            let port = match overdue.holder {
+                OverdueHolder::Consumer(consumer) => {
+                    state.consumers.suspend(consumer, overdue.deliveries.len() as u32);
+                    state.consumers.get(consumer).map(|consumer| (consumer.port.clone(), consumer.address))
+                }
+                OverdueHolder::Getter(port, to) => {
+                    effects.timed_out.push((port, to, TimedOut::Get));
+                    None
+                }
+            };
+            effects.timed_out.extend(port.map(|(port, to)| (port, to, TimedOut::Consumer)));
         }
     }
 

@@ -88,8 +88,10 @@ pub struct Settled {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settlement {
     Acked,
-    /// Rejected without requeue: dead-lettered, or dropped.
+    /// `basic.reject` without requeue, a failed delivery: dead-lettered, or dropped.
     Rejected,
+    /// `basic.nack` without requeue: the same, but no failed delivery.
+    Discarded,
     /// Back to the queue, without that counting as a failed delivery: `basic.nack`, `basic.recover`.
     Returned,
     /// Back to the queue after a failed delivery: `basic.reject`, or the channel's end.
@@ -350,16 +352,16 @@ impl Queue {
         if state.deleted {
             return;
         }
-        match how {
+        let late = match how {
             Settlement::Acked => state.ack(consumer, deliveries),
             _ => self.settle_undone(&mut state, consumer, deliveries, how, effects),
-        }
+        };
         if state.unacked.messages == 0 && state.checkouts.is_some() && state.rules.expires_ms.is_some() {
             state.last_used_unix_ms = clock::now_unix_ms();
             state.renew_lease();
         }
         if let Some(id) = consumer {
-            state.consumers.settled(id, deliveries.len() as u32);
+            state.consumers.settled(id, deliveries.len() as u32, late);
             if let Some(groups) = &mut state.groups {
                 groups.credit(id);
             }

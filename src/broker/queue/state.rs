@@ -23,6 +23,7 @@ use crate::{
         port::{Address, Delivery, Effects, Offer, Port},
         rules::{QueueRules, QueueTraits},
     },
+    clock,
     model::properties::Properties,
     store::{QueueId, Round},
 };
@@ -149,8 +150,13 @@ impl QueueState {
         self.checkouts.is_some()
     }
 
-    /// Whether failed deliveries are counted.
+    /// Whether failed deliveries are counted: where there is a limit to them, and where dead letters tell of them.
     pub(super) fn counts_attempts(&self) -> bool {
+        self.shows_attempts() || self.rules.dead_letter_exchange.is_some()
+    }
+
+    /// Whether deliveries carry the counts in their headers.
+    pub(super) fn shows_attempts(&self) -> bool {
         self.is_quorum() || self.rules.retry.is_some()
     }
 
@@ -168,8 +174,14 @@ impl QueueState {
             unacked: self.unacked.messages,
             unacked_bytes: self.unacked.bytes,
             waiting: self.attempts.waiting_tally.messages,
-            consumers: self.consumers.len() as u64,
+            consumers: self.shown_consumers(),
         }
+    }
+
+    /// Consumers as RabbitMQ counts them: of a quorum queue with a single active one, that one.
+    fn shown_consumers(&self) -> u64 {
+        let all = self.consumers.len() as u64;
+        if self.is_quorum() && self.traits.single_active_consumer { all.min(1) } else { all }
     }
 
     /// What the length limits count: ready messages, and those that wait for their next attempt.
@@ -362,6 +374,7 @@ impl QueueState {
             let run = if alone && returned.is_none() { budget } else { 1 };
             let level = lane.level;
             let timeout_ms = consumer.timeout_ms.or(self.rules.consumer_timeout_ms);
+            let shows_attempts = !self.attempts.is_empty() && (self.checkouts.is_some() || self.rules.retry.is_some());
             let mut handed = HandedOut::default();
             let (mut last, mut ended) = (Offer::Taken, None);
             let (log, written_to) = (&mut lane.log, lane.written_to);
@@ -387,7 +400,7 @@ impl QueueState {
                         return;
                     }
                     let position = queue_position(level, seq);
-                    if !attempts.is_empty() {
+                    if shows_attempts {
                         decorate_attempts(attempts, position, &mut message, decorated);
                     }
                     let body_bytes = message.body.len() as u64;
@@ -457,10 +470,13 @@ impl QueueState {
         let mut handed = HandedOut::default();
         let remaining = self.lanes.ready().messages.saturating_sub(1);
         let position = queue_position(level, seq);
+        let shows_attempts = self.shows_attempts();
         let lane = self.lanes.at_level(level);
         let redelivered = lane.log.is_returned(seq);
         let Some(mut message) = lane.log.message(seq) else { return Offer::Gone };
-        decorate_attempts(&self.attempts, position, &mut message, &mut self.decorated);
+        if shows_attempts {
+            decorate_attempts(&self.attempts, position, &mut message, &mut self.decorated);
+        }
         let (body_bytes, persistent) = (message.body.len() as u64, message.persistent);
         let mut offer = Offer::Gone;
         port.with_writer(&mut |writer| {
@@ -473,7 +489,10 @@ impl QueueState {
             if no_ack {
                 lane.log.consume(seq);
             } else if let Some(checkouts) = &mut self.checkouts {
-                checkouts.begin(position, None, u64::MAX, body_bytes as u32, persistent);
+                let deadline = self.rules.consumer_timeout_ms.map_or(u64::MAX, |ms| clock::now_unix_ms() + ms);
+                checkouts.begin(position, None, deadline, body_bytes as u32, persistent);
+                checkouts.begin_get(position, port.clone(), to);
+                self.wake_at_unix_ms = self.wake_at_unix_ms.min(deadline);
             }
             lane.account(&handed, no_ack);
             if !no_ack {
@@ -483,14 +502,18 @@ impl QueueState {
         offer
     }
 
-    /// Ends messages that were handed out: the plain case of [`Settlement::Acked`].
+    /// Ends messages that were handed out: the plain case of [`Settlement::Acked`]. Answers how many came too late.
     #[inline]
-    pub(super) fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) {
+    pub(super) fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) -> u32 {
+        let mut late = 0;
         for delivery in deliveries {
             if self.check_in(consumer, delivery) {
                 self.finish(delivery);
+            } else {
+                late += 1;
             }
         }
+        late
     }
 
     /// Counts a delivery as settled; `false` when the consumer does not hold it any more.

@@ -100,6 +100,8 @@ impl Port for FakePort {
     fn consumer_cancelled(&self, _: Address) {}
 
     fn consumer_timed_out(&self, _: Address) {}
+
+    fn get_timed_out(&self, _: Address) {}
 }
 
 // Messages
@@ -1115,7 +1117,7 @@ fn the_higher_priority_gets_all_until_its_credit_is_used() {
     let high = add(&mut ring, 1, 10, 3);
     add(&mut ring, 2, 0, 1);
     assert_eq!((0..6).filter_map(|_| turn(&mut ring)).collect::<Vec<_>>(), [1, 1, 1, 2, 0, 0]);
-    ring.settled(high, 2);
+    ring.settled(high, 2, 0);
     assert_eq!((0..3).filter_map(|_| turn(&mut ring)).collect::<Vec<_>>(), [1, 1, 0]);
 }
 
@@ -1126,7 +1128,7 @@ fn a_blocked_consumer_is_passed_over_until_it_is_unblocked() {
     add(&mut ring, 1, 0, 0);
     ring.block_current();
     assert_eq!((0..2).filter_map(|_| turn(&mut ring)).collect::<Vec<_>>(), [1, 1]);
-    ring.settled(first, 1); // credit is not what it lacks
+    ring.settled(first, 1, 0); // credit is not what it lacks
     assert_eq!(turn(&mut ring), Some(1));
     ring.unblock(first);
     ring.unblock(first);
@@ -1141,10 +1143,10 @@ fn an_id_of_a_consumer_that_is_gone_names_nobody_else() {
     let other = add(&mut ring, 1, 0, 1);
     assert_ne!(gone, other);
     assert_eq!(turn(&mut ring), Some(1));
-    ring.settled(gone, 1);
+    ring.settled(gone, 1, 0);
     ring.unblock(gone);
     assert!(ring.current().is_none(), "somebody else's credit was given back");
-    ring.settled(other, 1);
+    ring.settled(other, 1, 0);
     assert_eq!(turn(&mut ring), Some(1));
     assert_eq!((ring.len(), ring.take_all().len(), ring.len()), (1, 1, 0));
     assert!(ring.remove(other).is_none());
@@ -1158,6 +1160,6 @@ fn without_acks_there_is_no_limit_and_with_them_prefetch_is_one() {
     let mut ring = ConsumerRing::default();
     let id = ring.add(ring_consumer(false, 0, 2));
     assert_eq!((0..5).filter_map(|_| turn(&mut ring)).count(), 2);
-    ring.settled(id, 9);
+    ring.settled(id, 9, 0);
     assert_eq!((0..5).filter_map(|_| turn(&mut ring)).count(), 2);
 }

@@ -30,7 +30,11 @@ impl Session {
             B::Qos(qos) => self.qos(number, payload, &qos),
             B::Consume(consume) => self.consume(number, &consume),
             B::Cancel(cancel) => self.cancel(number, &cancel),
-            B::CancelOk(_) => Ok(Answer::None), // the client's answer to a server-sent cancel
+            B::CancelOk(cancel_ok) => {
+                // The client's answer to a server-sent cancel. A consumer that timed out is then really gone.
+                self.end_consumer(number, cancel_ok.consumer_tag.as_str());
+                Ok(Answer::None)
+            }
             B::Get(get) => self.get(number, get.queue.as_str(), get.no_ack),
             B::Recover(recover) => self.recover(number, recover.requeue, true),
             B::RecoverAsync(recover) => self.recover(number, recover.requeue, false),
@@ -132,12 +136,16 @@ impl Session {
         {
             self.broker.replies.remove(reply.id);
         }
+        self.end_consumer(number, tag);
+        let cancel_ok = basic::CancelOk { consumer_tag: cancel.consumer_tag.clone() };
+        Ok(unless(cancel.nowait, AMQPClass::Basic(basic::AMQPMethod::CancelOk(cancel_ok))))
+    }
+
+    fn end_consumer(&mut self, number: u16, tag: &str) {
         if let Some((Some(queue), Some(consumer))) = self.outbox.remove_consumer(number, tag) {
             queue.cancel(consumer, &mut self.effects);
             self.carry_out();
         }
-        let cancel_ok = basic::CancelOk { consumer_tag: cancel.consumer_tag.clone() };
-        Ok(unless(cancel.nowait, AMQPClass::Basic(basic::AMQPMethod::CancelOk(cancel_ok))))
     }
 
     fn get(&mut self, number: u16, queue: &str, no_ack: bool) -> Result<Answer, Fault> {

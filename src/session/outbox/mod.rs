@@ -448,20 +448,28 @@ impl Port for Outbox {
     }
 
     fn consumer_timed_out(&self, to: Address) {
-        if self.wants_cancels() {
-            self.consumer_cancelled(to);
+        let mut guard = self.inner.lock();
+        let inner = &mut *guard;
+        if !inner.cancel_notify {
+            drop(guard);
+            self.get_timed_out(to);
             return;
         }
+        let Some(out) = inner.channels.get_mut(to.channel) else { return };
+        // The tag stays taken: the consumer comes back once the client has settled what it holds.
+        if let Some(tag) = out.tags.iter().find(|(_, slot)| **slot == to.slot).map(|(tag, _)| tag.clone()) {
+            let cancel = basic::Cancel { consumer_tag: short(&tag), nowait: true };
+            method::write(&mut inner.out.bytes, to.channel, &AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel)));
+            drop(guard);
+            self.wake();
+        }
+    }
+
+    fn get_timed_out(&self, to: Address) {
         self.timed_out.lock().push(to.channel);
         if let Some(call) = self.attention.get() {
             call();
         }
-    }
-}
-
-impl Outbox {
-    fn wants_cancels(&self) -> bool {
-        self.inner.lock().cancel_notify
     }
 }
 
