@@ -8,6 +8,7 @@
 //! While one round is synced, the next one gathers, so rounds grow with the load by themselves. The linger is only for
 //! rounds that nobody waits for: what is consumed within it is never written.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,11 +23,22 @@ use super::{Round, RoundBuilder, RoundSource, StoreError, StoreOptions, StoreSta
 
 /// Whatever a thread does while it holds one is in one round: the commit thread cuts no round meanwhile.
 ///
-/// Enter it before any queue is locked, do not enter it twice on a thread, and keep it short: the commit thread
-/// waits for it.
+/// Enter it before any queue is locked, and keep it short: the commit thread waits for it. A thread that holds one may
+/// enter it again, whatever it has locked; the round then lasts until the outermost ends.
 #[must_use = "the section ends when this is dropped"]
 pub struct AtomicSection<'a> {
     _open: RwLockReadGuard<'a, ()>,
+}
+
+thread_local! {
+    /// How many sections this thread holds.
+    static SECTIONS: Cell<u32> = const { Cell::new(0) };
+}
+
+impl Drop for AtomicSection<'_> {
+    fn drop(&mut self) {
+        SECTIONS.set(SECTIONS.get() - 1);
+    }
 }
 
 /// What the commit thread shares with everyone who has work for it.
@@ -99,7 +111,17 @@ impl Committer {
     }
 
     pub fn atomic(&self) -> AtomicSection<'_> {
-        AtomicSection { _open: self.gate.read() }
+        let held = SECTIONS.replace(SECTIONS.get() + 1);
+        // Whoever comes first queues up behind a waiting commit thread, so that it gets its turn. Whoever comes again must
+        // not: the commit thread waits for the section that this thread already has.
+        let open = if held == 0 { self.gate.read() } else { self.gate.read_recursive() };
+        AtomicSection { _open: open }
+    }
+
+    /// Whether the commit thread waits for atomic sections to end.
+    #[cfg(test)]
+    pub fn waits_for_sections(&self) -> bool {
+        self.gate.try_read().is_none()
     }
 
     pub fn mark_dirty(&self, source: Arc<dyn RoundSource>) -> Round {
@@ -223,7 +245,7 @@ impl Committer {
             return Err(reason);
         }
         for operation in cut.operations.drain(..) {
-            builder.apply(operation);
+            builder.apply(operation, &|owner| self.rocks.may_have_notes(owner));
         }
         let bytes = self.rocks.write(builder, || match &self.options.hook {
             Some(hook) => hook.before_sync(cut.round),

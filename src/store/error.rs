@@ -15,9 +15,10 @@ pub enum StoreError {
     )]
     InUse { path: PathBuf },
 
-    /// The directory was written by a version of Leveret that this one knows nothing of. Nothing was changed.
+    /// The directory was written by a later version of Leveret, and this one knows nothing of its format. Nothing was
+    /// changed.
     #[error(
-        "data directory '{}' has store format {found}, and this version of Leveret reads format {known} only; \
+        "data directory '{}' has store format {found}, and this version of Leveret reads formats up to {known}; \
          start it with the version that wrote it, or choose another data directory (--data-dir)",
         path.display()
     )]

@@ -7,6 +7,7 @@
 //! | `log`      | queue id, position of the first record| a run of records, see [`run`](super::run)        |
 //! | `state`    | queue id                              | see [`recovery`](super::recovery)                |
 //! | `consumed` | queue id, segment                     | the segment's consumed ranges, see [`recovery`](super::recovery) |
+//! | `notes`    | owner id and the note's key           | the note, see [`notes`](super::notes)            |
 //!
 //! Records that were paged out and need not survive have a database of their own, see [`pages`](super::pages); its keys
 //! and values are those of `log`.
@@ -18,6 +19,7 @@ pub(super) const META: &str = "meta";
 pub(super) const LOG: &str = "log";
 pub(super) const STATE: &str = "state";
 pub(super) const CONSUMED: &str = "consumed";
+pub(super) const NOTES: &str = "notes";
 
 /// `meta`: the version of the whole layout, as 8 bytes.
 pub(super) const FORMAT_KEY: &[u8] = b"\x00format";
@@ -55,6 +57,17 @@ pub(super) fn after_queue(queue: QueueId) -> [u8; 8] {
     queue.0.saturating_add(1).to_be_bytes()
 }
 
+/// What stands before a note's own key.
+pub(super) const OWNER_BYTES: usize = 8;
+
+/// Key of a note.
+pub(super) fn note(owner: QueueId, key: &[u8]) -> Vec<u8> {
+    let mut owned = Vec::with_capacity(OWNER_BYTES + key.len());
+    owned.extend_from_slice(&owner.0.to_be_bytes());
+    owned.extend_from_slice(key);
+    owned
+}
+
 /// Key of a definition.
 pub(super) fn definition(key: &[u8]) -> Vec<u8> {
     let mut prefixed = Vec::with_capacity(key.len() + 1);
@@ -80,6 +93,8 @@ mod tests {
         assert!(queue(QueueId(1)).as_slice() <= keys[0].as_slice());
         assert!(after_queue(QueueId(1)).as_slice() <= keys[3].as_slice());
         assert!(keys[2].as_slice() < after_queue(QueueId(1)).as_slice());
+        assert!(note(QueueId(1), b"").as_slice() >= queue(QueueId(1)).as_slice());
+        assert!(note(QueueId(1), &[0xff; 20]).as_slice() < after_queue(QueueId(1)).as_slice());
         assert_eq!(parse_numbered(&keys[4]), Some((QueueId(256), 1)));
         assert_eq!(parse_numbered(b"short"), None);
         assert_eq!(parse_numbered(&[0; 17]), None);

@@ -1,4 +1,5 @@
-//! Durable bytes by (queue, position): rounds, definitions, read-back and recovery. Knows nothing of AMQP.
+//! Durable bytes by (queue, position), and notes by (owner, key): rounds, definitions, read-back and recovery. Knows
+//! nothing of AMQP.
 //!
 //! # Ownership
 //! One [`Store`] a data directory. Its commit thread is the only writer. Queues are [`RoundSource`]s: they are
@@ -21,13 +22,14 @@
 //! Sizes in bytes, positions in records from the queue's birth.
 //!
 //! # Elsewhere
-//! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets). RocksDB and its options:
-//! `rocks`. Paged-out records: `pages`. Reading back: `read`. Giving disk space back: `sweep`. The commit thread:
-//! `commit`; what a round holds: `round`; who waits: `watermark`.
+//! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets), `notes`. RocksDB and its
+//! options: `rocks`. Paged-out records: `pages`. Reading back: `read`, `notes`. Giving disk space back: `sweep`. The
+//! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`.
 
 mod commit;
 mod error;
 mod key;
+mod notes;
 mod pages;
 mod read;
 mod recovery;
@@ -56,7 +58,7 @@ use rocks::Rocks;
 use round::Operation;
 use watermark::run_guarded;
 
-/// The identity of a queue on disk; never used twice in one data directory.
+/// The identity of a queue on disk, or of something else that owns notes; never used twice in one data directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct QueueId(pub u64);
 
@@ -158,7 +160,7 @@ pub struct StoreStats {
     pub records_written: u64,
     /// Before RocksDB compresses or compacts anything.
     pub bytes_written: u64,
-    /// Damaged records, runs, states and consumed sets that reads came across.
+    /// Damaged records, runs, states, consumed sets and notes that reads came across.
     pub damaged_records: u64,
 }
 
@@ -218,9 +220,14 @@ impl Store {
 
     /// An id that no queue of this data directory has had (S5).
     pub fn allocate_queue_id(&self) -> QueueId {
+        self.allocate_queue_ids(1)
+    }
+
+    /// The first of `count` consecutive ids, none of which was ever used (S5).
+    pub fn allocate_queue_ids(&self, count: u64) -> QueueId {
         let mut ids = self.queue_ids.lock();
         let id = ids.next;
-        ids.next += 1;
+        ids.next += count;
         if ids.next >= ids.reserved {
             ids.reserved = ids.next + recovery::ID_BLOCK;
             let value = ids.reserved.to_be_bytes().to_vec();
@@ -248,7 +255,7 @@ impl Store {
         self.committer.operate(Operation::DeleteMeta { key: key::definition(&key) })
     }
 
-    /// Deletes all that is stored of a queue with the open round, including what its source adds to that round. The
+    /// Deletes all that is stored of a queue, notes included, with the open round, including what its source adds to that round. The
     /// source adds nothing to later rounds: that would stay for good.
     pub fn delete_queue(&self, queue: QueueId) -> Round {
         self.committer.operate(Operation::DeleteQueue { queue })
@@ -297,7 +304,7 @@ impl Store {
         self.committer.watermark.wait(round).await
     }
 
-    /// While the section is held, no round ends (S3).
+    /// While the section is held, no round ends (S3). A thread may hold several.
     pub fn atomic(&self) -> AtomicSection<'_> {
         self.committer.atomic()
     }
@@ -329,6 +336,31 @@ impl Store {
     /// As [`Store::read_records`].
     pub fn read_consumed(&self, queue: QueueId) -> Result<Vec<(QueueSeq, QueueSeq)>, StoreError> {
         self.rocks.read_consumed(queue)
+    }
+
+    /// Calls `each` with the stored notes of `from..until`, keys and values, in key order. Stops after the note with
+    /// which `max_bytes` (of keys and values) are reached.
+    ///
+    /// What is damaged is skipped, counted ([`StoreStats::damaged_records`]) and logged with owner and key.
+    ///
+    /// # Returns
+    /// The key to go on from, or nothing at the end.
+    ///
+    /// # Cost
+    /// Deleted notes from `from` on cost time until they are swept up, so a reader of a queue-like stretch should
+    /// begin where its first note is, not before.
+    ///
+    /// # Errors
+    /// As [`Store::read_records`].
+    pub fn read_notes(
+        &self,
+        owner: QueueId,
+        from: &[u8],
+        until: &[u8],
+        max_bytes: usize,
+        each: &mut dyn FnMut(&[u8], &[u8]),
+    ) -> Result<Option<Vec<u8>>, StoreError> {
+        self.rocks.read_notes(owner, from, until, max_bytes, each)
     }
 
     /// Runs `job` on the store's reader thread, after the jobs before it. After [`Store::shutdown`] it is dropped.

@@ -11,7 +11,7 @@ use super::run::{RunDamage, RunReader};
 use super::{QueueId, QueueSeq, StoreError, key};
 
 /// Reads that may go on for this long ask the kernel ahead of time.
-const READAHEAD_BYTES: usize = 256 * 1024;
+pub(super) const READAHEAD_BYTES: usize = 256 * 1024;
 
 impl Rocks {
     /// See [`Store::read_records`](super::Store::read_records).
@@ -139,40 +139,50 @@ impl<'a> Stretch<'a> {
         self.db.raw_iterator_cf_opt(self.family, options)
     }
 
-    /// Finds the first number from `damaged` on at which an iterator can be placed without meeting the damage that lies
-    /// at or behind `damaged`, and answers both; `None` if there is none.
-    ///
-    /// Placing it fails while the damage is the next thing from there. So the numbers that fail are one stretch, and
-    /// doubling steps and then halving them finds its end. Each attempt takes an iterator of its own: RocksDB's table
-    /// iterator remembers a block that could not be read for the one it stood on before.
+    /// See [`first_placed`].
     fn first_readable(&self, damaged: u64) -> Option<(u64, DBRawIterator<'a>)> {
-        let place = |number| {
+        let place = |number: u128| {
             let mut iterator = self.iterate();
-            iterator.seek(key::numbered(self.queue, number));
-            iterator.status().is_ok().then_some((number, iterator))
+            iterator.seek(key::numbered(self.queue, u64::try_from(number).unwrap_or(u64::MAX)));
+            iterator.status().is_ok().then_some(iterator)
         };
-        let (mut bad, mut step, mut good) = (damaged, 1u64, None);
-        while good.is_none() {
-            let probe = bad.saturating_add(step);
-            if probe >= self.until {
-                break;
-            }
-            good = place(probe);
-            if good.is_none() {
-                bad = probe;
-                step = step.saturating_mul(2);
-            }
-        }
-        let mut end = good.as_ref().map_or(self.until, |(number, _)| *number);
-        while end - bad > 1 {
-            let middle = bad + (end - bad) / 2;
-            match place(middle) {
-                Some(found) => (end, good) = (middle, Some(found)),
-                None => bad = middle,
-            }
-        }
-        good
+        let (number, iterator) = first_placed(damaged.into(), self.until.into(), place)?;
+        Some((u64::try_from(number).ok()?, iterator))
     }
+}
+
+/// Finds the first number after `damaged` and before `until` at which an iterator can be placed without meeting the
+/// damage that lies at or behind `damaged`, and answers both; `None` if there is none.
+///
+/// Placing it fails while the damage is the next thing from there. So the numbers that fail are one stretch, and
+/// doubling steps and then halving them finds its end. Each attempt takes an iterator of its own: RocksDB's table
+/// iterator remembers a block that could not be read for the one it stood on before.
+pub(super) fn first_placed<T>(
+    damaged: u128,
+    until: u128,
+    mut place: impl FnMut(u128) -> Option<T>,
+) -> Option<(u128, T)> {
+    let (mut bad, mut step, mut good) = (damaged, 1u128, None);
+    while good.is_none() {
+        let probe = bad.saturating_add(step);
+        if probe >= until {
+            break;
+        }
+        good = place(probe).map(|placed| (probe, placed));
+        if good.is_none() {
+            bad = probe;
+            step = step.saturating_mul(2);
+        }
+    }
+    let mut end = good.as_ref().map_or(until, |(number, _)| *number);
+    while end.saturating_sub(bad) > 1 {
+        let middle = bad + (end - bad) / 2;
+        match place(middle) {
+            Some(placed) => (end, good) = (middle, Some((middle, placed))),
+            None => bad = middle,
+        }
+    }
+    good
 }
 
 /// A position in the runs of one queue in one family, on a record that is wanted, or at the end.
@@ -296,7 +306,7 @@ impl<'a> Cursor<'a> {
     }
 }
 
-fn read_error(what: &'static str, error: &rocksdb::Error) -> StoreError {
+pub(super) fn read_error(what: &'static str, error: &rocksdb::Error) -> StoreError {
     StoreError::Read { what, reason: error.to_string() }
 }
 

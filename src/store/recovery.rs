@@ -1,6 +1,6 @@
 //! Opening: the format check, the definitions, the states, and the encodings of the small records.
 //!
-//! Start-up reads `meta` and `state`, never a message, so its time depends on the number of queues alone. Only a queue
+//! Start-up reads `meta` and `state`, never a message or a note, so its time depends on the number of queues alone. Only a queue
 //! whose state record is damaged has its log read, to count what there is.
 //!
 //! # Encodings
@@ -17,7 +17,12 @@ use super::run::{put_varint, take_varint};
 use super::{QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
 
 /// The layout this module reads and writes.
-pub(super) const FORMAT: u64 = 1;
+///
+/// 2 added the family `notes`. A directory of format 1 is taken over as it is.
+pub(super) const FORMAT: u64 = 2;
+
+/// The oldest layout that can be taken over.
+const OLDEST_FORMAT: u64 = 1;
 
 /// Queue ids are reserved on disk in blocks of this size.
 pub(super) const ID_BLOCK: u64 = 4096;
@@ -32,23 +37,24 @@ const DEFINITION_VERSION: u8 = 1;
 /// [`StoreError::UnknownFormat`], or [`StoreError::Open`] if RocksDB cannot read the definitions or the states.
 pub(super) fn recover(rocks: &Rocks) -> Result<Recovered, StoreError> {
     let found = read_number(rocks, key::FORMAT_KEY)?;
-    if let Some(found) = found.filter(|found| *found != FORMAT) {
+    if let Some(found) = found.filter(|found| !(OLDEST_FORMAT..=FORMAT).contains(found)) {
         return Err(StoreError::UnknownFormat { path: rocks.path().to_owned(), found, known: FORMAT });
     }
     let (definitions, damaged_definitions) = read_definitions(rocks)?;
     let states = read_states(rocks)?;
     let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
     let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
-    reserve(rocks, found.is_none(), next_queue_id + ID_BLOCK)?;
+    rocks.note_owners().opened(next_queue_id, rocks.has_any_notes()?);
+    reserve(rocks, found != Some(FORMAT), next_queue_id + ID_BLOCK)?;
     Ok(Recovered { definitions, damaged_definitions, states, next_queue_id })
 }
 
 /// Not synced: what is synced later stands behind it in the WAL, so an id that matters is never without it.
-fn reserve(rocks: &Rocks, fresh: bool, until: u64) -> Result<(), StoreError> {
+fn reserve(rocks: &Rocks, new_format: bool, until: u64) -> Result<(), StoreError> {
     rocks.with(|db| {
         let families = Families::of(db)?;
         let mut batch = WriteBatch::default();
-        if fresh {
+        if new_format {
             batch.put_cf(families.meta, key::FORMAT_KEY, FORMAT.to_be_bytes());
         }
         batch.put_cf(families.meta, key::RESERVED_IDS_KEY, until.to_be_bytes());

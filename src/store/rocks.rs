@@ -19,6 +19,7 @@ use rocksdb::{
     Options, WriteBatch, WriteBufferManager, WriteOptions,
 };
 
+use super::notes::NoteOwners;
 use super::pages::Pages;
 use super::read::last_run_before;
 use super::round::{Families, RoundBuilder};
@@ -27,6 +28,9 @@ use super::{StoreError, StoreOptions, key};
 
 /// Runs of at least this size are kept apart from their keys.
 const MIN_BLOB_BYTES: u64 = 1024;
+
+/// Notes of at least this size are kept apart from their keys.
+const MIN_NOTE_BLOB_BYTES: u64 = 16 * 1024;
 
 /// Blob files are closed at this size (or when the memtable that is flushed ends).
 const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
@@ -45,6 +49,7 @@ pub(super) struct Rocks {
     path: PathBuf,
     db: RwLock<Option<DB>>,
     pages: Pages,
+    note_owners: NoteOwners,
     sweeper: Sweeper,
     damaged: AtomicU64,
     sync: bool,
@@ -80,6 +85,7 @@ impl Rocks {
             path,
             db: RwLock::new(Some(db)),
             pages,
+            note_owners: NoteOwners::default(),
             sweeper: Sweeper::default(),
             damaged: AtomicU64::new(0),
             sync: options.sync,
@@ -114,7 +120,9 @@ impl Rocks {
         if !batch.is_empty() {
             self.write_batch(db, batch).map_err(|error| format!("writing and syncing the log: {error}"))?;
         }
+        self.note_owners.wrote(round);
         self.sweeper.note(round.deleted_records());
+        self.sweeper.note_notes(round.deleted_notes());
         Ok(bytes + page_bytes)
     }
 
@@ -126,6 +134,10 @@ impl Rocks {
 
     pub fn pages(&self) -> &Pages {
         &self.pages
+    }
+
+    pub fn note_owners(&self) -> &NoteOwners {
+        &self.note_owners
     }
 
     pub fn sweeper(&self) -> &Sweeper {
@@ -191,6 +203,7 @@ fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, O
         (key::LOG, log_family(options, cache)),
         (key::STATE, small()),
         (key::CONSUMED, small()),
+        (key::NOTES, notes_family(options, cache)),
     ]
 }
 
@@ -262,6 +275,20 @@ fn small_family(options: &StoreOptions, cache: &Cache) -> Options {
     family.set_target_file_size_base(8 * 1024 * 1024);
     family.set_max_bytes_for_level_base(32 * 1024 * 1024);
     family.set_block_based_table_factory(&table_options(cache, 4 * 1024));
+    family
+}
+
+/// For notes. Some are few and overwritten, others come and go by the million within a minute: the latter are gone
+/// before they reach the last level, and are swept up when they are not. Large values are kept apart from their keys, as in
+/// the log, but not those of the common size: their blob files would be held by the last note in them.
+fn notes_family(options: &StoreOptions, cache: &Cache) -> Options {
+    let mut family = small_family(options, cache);
+    family.set_max_write_buffer_number(4);
+    family.set_level_compaction_dynamic_level_bytes(true);
+    family.set_enable_blob_files(true);
+    family.set_min_blob_size(MIN_NOTE_BLOB_BYTES);
+    family.set_blob_file_size(BLOB_FILE_BYTES);
+    family.set_blob_compression_type(DBCompressionType::Lz4);
     family
 }
 

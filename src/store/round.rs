@@ -1,7 +1,11 @@
 //! What one round will write, gathered from its sources before a single `WriteBatch` is made of it.
 
+use std::collections::HashSet;
+use std::ops::Range;
+
 use rocksdb::{ColumnFamily, DB, WriteBatch};
 
+use super::notes::encode_note;
 use super::run::{FinishedRun, RunWriter};
 use super::{QueueId, QueueSeq, QueueStateRecord, SEGMENT_RECORDS, StoreError, key, recovery};
 
@@ -18,6 +22,9 @@ pub struct RoundBuilder {
     /// Goes to [`Pages`](super::pages::Pages), before `log` is written.
     pages: Pile,
     records: u64,
+    /// Who puts a note with this round.
+    note_owners: HashSet<QueueId>,
+    last_note_owner: Option<QueueId>,
 }
 
 /// Runs that were finished, and what else is to be done, in order.
@@ -25,6 +32,8 @@ pub struct RoundBuilder {
 struct Pile {
     runs: RunWriter,
     changes: Vec<Change>,
+    /// The keys and values of notes, end to end.
+    notes: Vec<u8>,
     /// Bytes of keys and values beside the runs.
     other_bytes: usize,
 }
@@ -32,13 +41,47 @@ struct Pile {
 #[derive(Debug)]
 enum Change {
     Run(FinishedRun),
-    State { queue: QueueId, value: Vec<u8> },
-    Consumed { queue: QueueId, segment: u64, value: Option<Vec<u8>> },
-    DeleteConsumed { queue: QueueId, from: u64, until: u64 },
-    DeleteRecords { queue: QueueId, from: QueueSeq, until: QueueSeq },
-    DeleteQueue { queue: QueueId },
-    PutMeta { key: Vec<u8>, value: Vec<u8> },
-    DeleteMeta { key: Vec<u8> },
+    State {
+        queue: QueueId,
+        value: Vec<u8>,
+    },
+    Consumed {
+        queue: QueueId,
+        segment: u64,
+        value: Option<Vec<u8>>,
+    },
+    DeleteConsumed {
+        queue: QueueId,
+        from: u64,
+        until: u64,
+    },
+    DeleteRecords {
+        queue: QueueId,
+        from: QueueSeq,
+        until: QueueSeq,
+    },
+    DeleteQueue {
+        queue: QueueId,
+    },
+    /// The ranges are in `notes`, and the keys whole.
+    PutNote {
+        key: Range<usize>,
+        value: Range<usize>,
+    },
+    DeleteNote {
+        key: Range<usize>,
+    },
+    DeleteNotes {
+        from: Range<usize>,
+        until: Range<usize>,
+    },
+    PutMeta {
+        key: Vec<u8>,
+        value: Vec<u8>,
+    },
+    DeleteMeta {
+        key: Vec<u8>,
+    },
 }
 
 /// A change of the definitions, or of the store's own records. Applied after everything the sources contributed.
@@ -113,6 +156,37 @@ impl RoundBuilder {
         self.pages.append(queue, seq, record);
     }
 
+    /// Replaces the note `key` of `owner`.
+    ///
+    /// Hot path: once per note. Copies key and value once.
+    pub fn put_note(&mut self, owner: QueueId, key: &[u8], value: &[u8]) {
+        if self.last_note_owner != Some(owner) {
+            self.last_note_owner = Some(owner);
+            self.note_owners.insert(owner);
+        }
+        let pile = &mut self.log;
+        let key = pile.keep_key(&key::queue(owner), key);
+        let start = pile.notes.len();
+        encode_note(&mut pile.notes, key.clone(), value);
+        pile.push_note(Change::PutNote { key, value: start..pile.notes.len() });
+    }
+
+    /// Deletes the note `key` of `owner`, if there is one.
+    pub fn delete_note(&mut self, owner: QueueId, key: &[u8]) {
+        let key = self.log.keep_key(&key::queue(owner), key);
+        self.log.push_note(Change::DeleteNote { key });
+    }
+
+    /// Deletes the notes of `from..until`. Meant for many at once: every call leaves a range tombstone behind until
+    /// compaction has passed.
+    pub fn delete_notes(&mut self, owner: QueueId, from: &[u8], until: &[u8]) {
+        if from < until {
+            let from = self.log.keep_key(&key::queue(owner), from);
+            let until = self.log.keep_key(&key::queue(owner), until);
+            self.log.push_note(Change::DeleteNotes { from, until });
+        }
+    }
+
     /// Durable records so far.
     pub fn record_count(&self) -> u64 {
         self.records
@@ -123,7 +197,8 @@ impl RoundBuilder {
         self.log.byte_count() + self.pages.byte_count()
     }
 
-    pub(super) fn apply(&mut self, operation: Operation) {
+    /// `may_have_notes` says of an owner whether earlier rounds wrote notes of it that are still there.
+    pub(super) fn apply(&mut self, operation: Operation, may_have_notes: &dyn Fn(QueueId) -> bool) {
         match operation {
             Operation::PutMeta { key, value } => {
                 self.log.other_bytes += key.len() + value.len() + BATCH_ENTRY_BYTES;
@@ -139,6 +214,11 @@ impl RoundBuilder {
                     pile.other_bytes += 3 * BATCH_ENTRY_BYTES;
                     pile.changes.push(Change::DeleteQueue { queue });
                 }
+                if self.note_owners.contains(&queue) || may_have_notes(queue) {
+                    let from = self.log.keep_key(&key::queue(queue), &[]);
+                    let until = self.log.keep_key(&key::after_queue(queue), &[]);
+                    self.log.push_note(Change::DeleteNotes { from, until });
+                }
             }
         }
     }
@@ -147,6 +227,8 @@ impl RoundBuilder {
         self.log.clear();
         self.pages.clear();
         self.records = 0;
+        self.note_owners.clear();
+        self.last_note_owner = None;
     }
 
     /// The durable part of the round, in one batch.
@@ -202,6 +284,23 @@ impl RoundBuilder {
         })
     }
 
+    /// The notes that are deleted with this round.
+    pub(super) fn deleted_notes(&self) -> impl Iterator<Item = DeletedNotes<'_>> {
+        let notes = &self.log.notes;
+        self.log.changes.iter().filter_map(|change| match change {
+            Change::DeleteNote { key } => Some(DeletedNotes::One(&notes[key.clone()])),
+            Change::DeleteNotes { from, until } => {
+                Some(DeletedNotes::Range(&notes[from.clone()], &notes[until.clone()]))
+            }
+            _ => None,
+        })
+    }
+
+    /// Who puts notes with this round.
+    pub(super) fn note_owners(&self) -> impl Iterator<Item = QueueId> {
+        self.note_owners.iter().copied()
+    }
+
     /// The queues that end with this round.
     pub(super) fn deleted_queues(&self) -> impl Iterator<Item = QueueId> {
         self.pages.changes.iter().filter_map(|change| match change {
@@ -224,14 +323,29 @@ impl Pile {
         }
     }
 
+    /// Keeps the whole key of a note.
+    fn keep_key(&mut self, owner: &[u8; key::OWNER_BYTES], key: &[u8]) -> Range<usize> {
+        let start = self.notes.len();
+        self.notes.extend_from_slice(owner);
+        self.notes.extend_from_slice(key);
+        start..self.notes.len()
+    }
+
+    fn push_note(&mut self, change: Change) {
+        self.other_bytes += BATCH_ENTRY_BYTES;
+        self.changes.push(change);
+    }
+
     fn byte_count(&self) -> usize {
-        self.runs.len() + self.other_bytes
+        self.runs.len() + self.notes.len() + self.other_bytes
     }
 
     fn clear(&mut self) {
         self.runs.clear(KEPT_BYTES);
         self.changes.clear();
         self.changes.shrink_to(KEPT_BYTES / size_of::<Change>());
+        self.notes.clear();
+        self.notes.shrink_to(KEPT_BYTES);
         self.other_bytes = 0;
     }
 
@@ -259,10 +373,23 @@ impl Pile {
                 batch.delete_range_cf(families.log, key::queue(*queue), key::after_queue(*queue));
                 batch.delete_range_cf(families.consumed, key::queue(*queue), key::after_queue(*queue));
             }
+            Change::PutNote { key, value } => {
+                batch.put_cf(families.notes, &self.notes[key.clone()], &self.notes[value.clone()]);
+            }
+            Change::DeleteNote { key } => batch.delete_cf(families.notes, &self.notes[key.clone()]),
+            Change::DeleteNotes { from, until } => {
+                batch.delete_range_cf(families.notes, &self.notes[from.clone()], &self.notes[until.clone()]);
+            }
             Change::PutMeta { key, value } => batch.put_cf(families.meta, key, value),
             Change::DeleteMeta { key } => batch.delete_cf(families.meta, key),
         }
     }
+}
+
+/// What one change deletes of the notes, in whole keys.
+pub(super) enum DeletedNotes<'a> {
+    One(&'a [u8]),
+    Range(&'a [u8], &'a [u8]),
 }
 
 /// Where the last run of a queue begins that begins before a position and in the same segment as the one before that.
@@ -284,6 +411,7 @@ pub(super) struct Families<'a> {
     pub log: &'a ColumnFamily,
     pub state: &'a ColumnFamily,
     pub consumed: &'a ColumnFamily,
+    pub notes: &'a ColumnFamily,
 }
 
 impl<'a> Families<'a> {
@@ -296,6 +424,7 @@ impl<'a> Families<'a> {
             log: family(key::LOG)?,
             state: family(key::STATE)?,
             consumed: family(key::CONSUMED)?,
+            notes: family(key::NOTES)?,
         })
     }
 }

@@ -18,6 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use rocksdb::{BottommostLevelCompaction, ColumnFamily, CompactOptions, DB};
 
 use super::rocks::Rocks;
+use super::round::DeletedNotes;
 use super::{QueueId, QueueSeq, key};
 
 /// From the first deletion to the compaction: as many as possible are to share it.
@@ -29,6 +30,9 @@ const DELAY_FACTOR: u32 = 20;
 /// More ranges than this are compacted as one.
 const MAX_RANGES: usize = 16;
 
+/// Notes that were deleted one by one are not worth a compaction before they are this many.
+const MIN_DELETED_NOTES: u64 = 50_000;
+
 /// Less garbage than this is not worth copying anything.
 const MIN_GARBAGE_BYTES: u64 = 64 * 1024 * 1024;
 
@@ -38,6 +42,9 @@ const GARBAGE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-garbage-size";
 
 /// Per queue, the first position that was deleted, and the one after the last.
 pub(super) type Deleted = BTreeMap<QueueId, (QueueSeq, QueueSeq)>;
+
+/// Per owner (as it stands before the keys of its notes), the whole key of the first note that was deleted, and the end.
+pub(super) type SweptNotes = BTreeMap<[u8; key::OWNER_BYTES], (Vec<u8>, Vec<u8>)>;
 
 /// What was deleted since the last compaction.
 #[derive(Default)]
@@ -49,7 +56,16 @@ pub(super) struct Sweeper {
 #[derive(Default)]
 struct State {
     deleted: Deleted,
+    notes: SweptNotes,
+    /// Notes deleted one by one; a range counts as enough.
+    deleted_notes: u64,
     stop: bool,
+}
+
+impl State {
+    fn is_worth_a_sweep(&self) -> bool {
+        !self.deleted.is_empty() || self.deleted_notes >= MIN_DELETED_NOTES
+    }
 }
 
 impl Sweeper {
@@ -68,6 +84,35 @@ impl Sweeper {
         self.wake.notify_one();
     }
 
+    /// Remembers notes whose deletion is committed.
+    pub fn note_notes<'a>(&self, deleted: impl Iterator<Item = DeletedNotes<'a>>) {
+        let mut deleted = deleted.peekable();
+        if deleted.peek().is_none() {
+            return;
+        }
+        let mut state = self.state.lock();
+        for notes in deleted {
+            let (from, until, count) = match notes {
+                DeletedNotes::One(key) => (key, key, 1),
+                DeletedNotes::Range(from, until) => (from, until, MIN_DELETED_NOTES),
+            };
+            state.deleted_notes += count;
+            let Some(owner) = from.first_chunk() else { continue };
+            let range = state.notes.entry(*owner).or_insert_with(|| (from.to_vec(), until.to_vec()));
+            if from < range.0.as_slice() {
+                from.clone_into(&mut range.0);
+            }
+            if until > range.1.as_slice() {
+                until.clone_into(&mut range.1);
+            }
+        }
+        let worth = state.is_worth_a_sweep();
+        drop(state);
+        if worth {
+            self.wake.notify_one();
+        }
+    }
+
     /// Lets [`Rocks::sweep_deleted`] end.
     pub fn stop(&self) {
         self.state.lock().stop = true;
@@ -75,11 +120,12 @@ impl Sweeper {
     }
 
     /// Waits for deletions, and a while longer. `None` when the store closes.
-    fn take(&self, delay: Duration) -> Option<Deleted> {
+    fn take(&self, delay: Duration) -> Option<(Deleted, SweptNotes)> {
         let mut state = self.state.lock();
-        self.wake.wait_while(&mut state, |state| state.deleted.is_empty() && !state.stop);
+        self.wake.wait_while(&mut state, |state| !state.is_worth_a_sweep() && !state.stop);
         self.wake.wait_while_for(&mut state, |state| !state.stop, delay);
-        (!state.stop).then(|| std::mem::take(&mut state.deleted))
+        state.deleted_notes = 0;
+        (!state.stop).then(|| (std::mem::take(&mut state.deleted), std::mem::take(&mut state.notes)))
     }
 }
 
@@ -87,21 +133,44 @@ impl Rocks {
     /// The sweeping thread.
     pub fn sweep_deleted(&self) {
         let mut delay = MIN_DELAY;
-        while let Some(deleted) = self.sweeper().take(delay) {
+        while let Some((deleted, notes)) = self.sweeper().take(delay) {
             let start = Instant::now();
             self.sweep(&deleted);
+            self.sweep_notes(&notes);
             delay = MIN_DELAY.max(start.elapsed() * DELAY_FACTOR);
         }
     }
 
     /// Gives back what only deleted records hold. Takes as long as it takes; ends early when the database closes.
     pub fn sweep(&self, deleted: &Deleted) {
+        if deleted.is_empty() {
+            return;
+        }
+        let ranges: Vec<_> = deleted
+            .iter()
+            .map(|(queue, (from, until))| (key::numbered(*queue, *from), key::numbered(*queue, *until)))
+            .collect();
         if let Some((db, family)) = self.pages().open().family() {
-            sweep_family(db, family, deleted);
+            sweep_family(db, family, &ranges);
         }
         let swept = self.with(|db| {
             if let Some(family) = db.cf_handle(key::LOG) {
-                sweep_family(db, family, deleted);
+                sweep_family(db, family, &ranges);
+            }
+            Ok(())
+        });
+        drop(swept); // closed meanwhile
+    }
+
+    /// As [`Rocks::sweep`], for notes.
+    pub fn sweep_notes(&self, deleted: &SweptNotes) {
+        if deleted.is_empty() {
+            return;
+        }
+        let ranges: Vec<_> = deleted.values().map(|(from, until)| (from.as_slice(), until.as_slice())).collect();
+        let swept = self.with(|db| {
+            if let Some(family) = db.cf_handle(key::NOTES) {
+                sweep_family(db, family, &ranges);
             }
             Ok(())
         });
@@ -109,16 +178,15 @@ impl Rocks {
     }
 }
 
-fn sweep_family(db: &DB, family: &ColumnFamily, deleted: &Deleted) {
+/// The ranges come in order.
+fn sweep_family<K: AsRef<[u8]>>(db: &DB, family: &ColumnFamily, ranges: &[(K, K)]) {
     let mut options = CompactOptions::default();
     options.set_exclusive_manual_compaction(false);
-    let mut ranges =
-        deleted.iter().map(|(queue, (from, until))| (key::numbered(*queue, *from), key::numbered(*queue, *until)));
-    if deleted.len() <= MAX_RANGES {
+    if ranges.len() <= MAX_RANGES {
         for (from, until) in ranges {
             db.compact_range_cf_opt(family, Some(from), Some(until), &options);
         }
-    } else if let (Some((from, _)), Some((_, until))) = (ranges.next(), ranges.next_back()) {
+    } else if let ([(from, _), ..], [.., (_, until)]) = (ranges, ranges) {
         db.compact_range_cf_opt(family, Some(from), Some(until), &options);
     }
     let number = |name: &CStr| db.property_int_value_cf(family, name).ok().flatten().unwrap_or(0);

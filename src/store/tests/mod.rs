@@ -1,6 +1,7 @@
 //! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
 
 mod model;
+mod notes;
 mod opening;
 mod reading;
 mod rounds;
@@ -54,6 +55,9 @@ enum Change {
     Consumed(u64, Vec<(QueueSeq, QueueSeq)>),
     DeleteSegments(u64, u64),
     DeleteRecords(QueueSeq, QueueSeq),
+    PutNote(Vec<u8>, Vec<u8>),
+    DeleteNote(Vec<u8>),
+    DeleteNotes(Vec<u8>, Vec<u8>),
     Panic,
 }
 
@@ -97,6 +101,9 @@ impl RoundSource for TestQueue {
                 Change::Consumed(segment, ranges) => round.put_consumed(self.id, segment, &ranges),
                 Change::DeleteSegments(from, until) => round.delete_segments(self.id, from, until),
                 Change::DeleteRecords(from, until) => round.delete_records(self.id, from, until),
+                Change::PutNote(key, value) => round.put_note(self.id, &key, &value),
+                Change::DeleteNote(key) => round.delete_note(self.id, &key),
+                Change::DeleteNotes(from, until) => round.delete_notes(self.id, &from, &until),
                 Change::Panic => panic!("asked for by the test"),
             }
         }
@@ -215,6 +222,14 @@ fn read_all(store: &Store, queue: QueueId) -> Records {
     read_range(store, queue, 0, QueueSeq::MAX)
 }
 
+/// Every note with a key below 0xff.
+fn read_notes(store: &Store, owner: QueueId) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let mut notes = Vec::new();
+    let mut each = |key: &[u8], value: &[u8]| notes.push((key.to_vec(), value.to_vec()));
+    assert_eq!(store.read_notes(owner, b"", b"\xff", usize::MAX, &mut each), Ok(None));
+    notes
+}
+
 fn numbered(range: std::ops::Range<QueueSeq>) -> Records {
     range.map(|seq| (seq, format!("record {seq}").into_bytes())).collect()
 }
@@ -226,6 +241,7 @@ struct Contents {
     states: BTreeMap<QueueId, QueueStateRecord>,
     logs: BTreeMap<QueueId, BTreeMap<QueueSeq, Vec<u8>>>,
     consumed: BTreeMap<QueueId, Vec<(QueueSeq, QueueSeq)>>,
+    notes: BTreeMap<QueueId, BTreeMap<Vec<u8>, Vec<u8>>>,
 }
 
 impl Contents {
@@ -243,6 +259,10 @@ impl Contents {
             let consumed = store.read_consumed(queue).unwrap();
             if !consumed.is_empty() {
                 contents.consumed.insert(queue, consumed);
+            }
+            let notes: BTreeMap<_, _> = read_notes(store, queue).into_iter().collect();
+            if !notes.is_empty() {
+                contents.notes.insert(queue, notes);
             }
         }
         contents

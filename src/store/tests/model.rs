@@ -38,6 +38,20 @@ enum Step {
     DeleteQueue {
         queue: u64,
     },
+    PutNote {
+        queue: u64,
+        key: u8,
+        size: usize,
+    },
+    DeleteNote {
+        queue: u64,
+        key: u8,
+    },
+    DeleteNotes {
+        queue: u64,
+        from: u8,
+        count: u8,
+    },
     Define {
         key: u8,
         value: Option<u8>,
@@ -65,7 +79,11 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (queue.clone(), 0..4u64, ranges).prop_map(|(queue, segment, ranges)| Step::Consume { queue, segment, ranges }),
         2 => (queue.clone(), any::<u64>()).prop_map(|(queue, number)| Step::State { queue, number: number / 4 }),
         1 => (queue.clone(), 0..4u64, 0..3u64).prop_map(|(queue, from, count)| Step::DeleteSegments { queue, from, count }),
-        1 => queue.prop_map(|queue| Step::DeleteQueue { queue }),
+        1 => queue.clone().prop_map(|queue| Step::DeleteQueue { queue }),
+        4 => (queue.clone(), 0..30u8, prop_oneof![9 => 0..300usize, 1 => Just(40_000)])
+            .prop_map(|(queue, key, size)| Step::PutNote { queue, key, size }),
+        2 => (queue.clone(), 0..30u8).prop_map(|(queue, key)| Step::DeleteNote { queue, key }),
+        1 => (queue, 0..30u8, 0..9u8).prop_map(|(queue, from, count)| Step::DeleteNotes { queue, from, count }),
         2 => (0..6u8, any::<Option<u8>>()).prop_map(|(key, value)| Step::Define { key, value }),
         6 => any::<bool>().prop_map(|wait| Step::Commit { wait }),
         1 => Just(Step::Kill),
@@ -148,6 +166,23 @@ impl Subject {
                 self.now.delete(queue.id, from * SEGMENT_RECORDS..(from + count) * SEGMENT_RECORDS);
             }
             Step::DeleteQueue { queue } => self.delete_queue(queue as usize),
+            Step::PutNote { queue, key, size } => {
+                let queue = &self.queues[queue as usize];
+                let value = vec![key.wrapping_add(size as u8); size];
+                queue.change(&self.store, [Change::PutNote(vec![b'n', key], value.clone())]);
+                self.now.notes.entry(queue.id).or_default().insert(vec![b'n', key], value);
+            }
+            Step::DeleteNote { queue, key } => {
+                let queue = &self.queues[queue as usize];
+                queue.change(&self.store, [Change::DeleteNote(vec![b'n', key])]);
+                self.now.delete_notes(queue.id, key..key + 1);
+            }
+            Step::DeleteNotes { queue, from, count } => {
+                let queue = &self.queues[queue as usize];
+                let (first, end) = (vec![b'n', from], vec![b'n', from + count]);
+                queue.change(&self.store, [Change::DeleteNotes(first, end)]);
+                self.now.delete_notes(queue.id, from..from + count);
+            }
             Step::Define { key, value: Some(value) } => {
                 self.store.put_definition(vec![key], vec![value]);
                 self.now.definitions.insert(vec![key], vec![value]);
@@ -213,6 +248,7 @@ impl Subject {
         self.now.states.remove(&old.id);
         self.now.logs.remove(&old.id);
         self.now.consumed.remove(&old.id);
+        self.now.notes.remove(&old.id);
     }
 
     fn commit(&mut self, wait: bool) {
@@ -280,6 +316,15 @@ impl Contents {
             }
         }
         self.replace_consumed(queue, range, vec![]);
+    }
+
+    fn delete_notes(&mut self, queue: QueueId, range: std::ops::Range<u8>) {
+        if let Some(notes) = self.notes.get_mut(&queue) {
+            notes.retain(|key, _| !range.contains(&key[1]));
+            if notes.is_empty() {
+                self.notes.remove(&queue);
+            }
+        }
     }
 
     fn replace_consumed(&mut self, queue: QueueId, range: std::ops::Range<QueueSeq>, by: Vec<(QueueSeq, QueueSeq)>) {

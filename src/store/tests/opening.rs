@@ -53,7 +53,7 @@ fn an_unknown_format_is_refused_and_left_alone() {
     store.shutdown().unwrap();
     for _ in 0..2 {
         let error = Store::open(options(directory.path())).err().unwrap();
-        assert_eq!(error, StoreError::UnknownFormat { path: directory.path().to_owned(), found: 7, known: 1 });
+        assert_eq!(error, StoreError::UnknownFormat { path: directory.path().to_owned(), found: 7, known: 2 });
     }
 }
 
@@ -65,10 +65,70 @@ fn a_later_versions_families_do_not_hide_its_format() {
         later.create_if_missing(true);
         later.create_missing_column_families(true);
         let db = rocksdb::DB::open_cf(&later, directory.path(), [key::META, "bodies"]).unwrap();
-        db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 2u64.to_be_bytes()).unwrap();
+        db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 3u64.to_be_bytes()).unwrap();
     }
     let error = Store::open(options(directory.path())).err().unwrap();
-    assert!(matches!(error, StoreError::UnknownFormat { found: 2, .. }), "{error}");
+    assert!(matches!(error, StoreError::UnknownFormat { found: 3, known: 2, .. }), "{error}");
+}
+
+/// Makes of a directory what a version without notes would have left.
+fn downgrade(path: &Path) {
+    let families = ["default", key::META, key::LOG, key::STATE, key::CONSUMED, key::NOTES];
+    let mut options = rocksdb::Options::default();
+    options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::PointInTime);
+    let mut db = rocksdb::DB::open_cf(&options, path, families).unwrap();
+    db.drop_cf(key::NOTES).unwrap();
+    db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 1u64.to_be_bytes()).unwrap();
+}
+
+fn stored_format(store: &Store) -> u64 {
+    let read = |db: &rocksdb::DB| Ok(db.get_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY).unwrap().unwrap());
+    u64::from_be_bytes(store.rocks.with(read).unwrap().try_into().unwrap())
+}
+
+#[test]
+fn a_directory_without_notes_is_taken_over_and_then_refused_to_versions_that_know_none() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, _) = open(directory.path());
+    let queue = TestQueue::new(&store);
+    let state = QueueStateRecord { tail: 100, message_count: 90, ..QueueStateRecord::default() };
+    queue.append_all(&store, &numbered(0..100));
+    queue.change(&store, [Change::Consumed(0, vec![(5, 15)]), Change::State(state)]);
+    commit(&store, store.put_definition(b"kept".to_vec(), b"1".to_vec()));
+    store.shutdown().unwrap();
+    downgrade(directory.path());
+
+    let (store, recovered) = open(directory.path());
+    assert_eq!(stored_format(&store), 2, "a version that reads format 1 only refuses it from now on");
+    assert_eq!(recovered.states, [(queue.id, state)]);
+    assert_eq!(recovered.definitions, [(b"kept".to_vec(), b"1".to_vec())]);
+    assert_eq!(read_all(&store, queue.id), numbered(0..100));
+    assert_eq!(store.read_consumed(queue.id), Ok(vec![(5, 15)]));
+    assert_eq!(read_notes(&store, queue.id), []);
+    assert!(store.allocate_queue_id() > queue.id);
+    let queue = TestQueue::with_id(queue.id);
+    commit(&store, queue.change(&store, [Change::PutNote(b"key".to_vec(), b"value".to_vec())]));
+    store.abandon();
+
+    let (store, _) = open(directory.path());
+    assert_eq!(stored_format(&store), 2);
+    assert_eq!(read_notes(&store, queue.id), [(b"key".to_vec(), b"value".to_vec())]);
+}
+
+#[test]
+fn ids_come_in_consecutive_blocks_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut next = 1;
+    for count in [1, 5, 10_000, 2, 4_096] {
+        let (store, _) = open(directory.path());
+        let first = store.allocate_queue_ids(count);
+        assert!(first.0 >= next);
+        next = first.0 + count;
+        assert_eq!(store.allocate_queue_id(), QueueId(next));
+        next += 1;
+        commit(&store, store.open_round());
+        store.abandon();
+    }
 }
 
 #[test]

@@ -152,6 +152,31 @@ fn what_happens_in_an_atomic_section_is_in_one_round() {
 }
 
 #[test]
+fn a_thread_may_enter_a_section_again_while_the_commit_thread_waits_for_the_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, _) = open(directory.path());
+    let (entered, done) = mpsc::channel();
+    let nested = Arc::clone(&store);
+    std::thread::spawn(move || {
+        let queue = TestQueue::new(&nested);
+        let outer = nested.atomic();
+        let round = queue.append(&nested, 0, b"first");
+        eventually("the commit thread waits for the section", || nested.committer.waits_for_sections());
+        let inner = nested.atomic();
+        assert_eq!(queue.append(&nested, 1, b"second"), round);
+        drop(inner);
+        assert_eq!(nested.open_round(), round, "the outer section is still held");
+        drop(outer);
+        entered.send((queue.id, round)).unwrap();
+    });
+    let (queue, round) = done.recv_timeout(LIMIT).expect("the second section was entered");
+    commit(&store, round);
+    assert_eq!(read_all(&store, queue).len(), 2);
+    // Nobody is in a section any more: the next one stands in line again.
+    commit(&store, store.open_round());
+}
+
+#[test]
 fn definitions_take_effect_in_call_order_and_after_the_sources() {
     let directory = tempfile::tempdir().unwrap();
     let (store, _) = open(directory.path());
