@@ -4,6 +4,7 @@ mod alarm;
 pub mod arguments;
 pub mod binding;
 mod definitions;
+pub mod delay;
 mod error;
 pub mod exchange;
 pub mod extension;

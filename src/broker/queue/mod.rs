@@ -18,7 +18,7 @@ mod consumers;
 mod durable;
 mod log;
 mod ranges;
-mod record;
+pub(in crate::broker) mod record;
 mod state;
 #[cfg(test)]
 mod tests;
