@@ -6,6 +6,7 @@ pub mod binding;
 mod dead_letter;
 mod dead_lettering;
 mod definitions;
+pub mod delay;
 mod delivery_headers;
 mod environment;
 mod error;

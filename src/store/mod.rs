@@ -363,6 +363,18 @@ impl Store {
         self.rocks.read_notes(owner, from, until, max_bytes, each)
     }
 
+    /// The owners that have notes, in the order of their ids. A start finds those among them that nothing knows any more:
+    /// what was not durable, and had no end. [`Store::delete_queue`] is for them.
+    ///
+    /// # Cost
+    /// One look-up an owner, however many notes it has.
+    ///
+    /// # Errors
+    /// As [`Store::read_records`].
+    pub fn note_owners(&self) -> Result<Vec<QueueId>, StoreError> {
+        self.rocks.read_note_owners()
+    }
+
     /// Runs `job` on the store's reader thread, after the jobs before it. After [`Store::shutdown`] it is dropped.
     pub fn spawn_read(&self, job: Box<dyn FnOnce() + Send>) {
         if let Some((jobs, _)) = &self.threads.lock().read {
@@ -392,7 +404,7 @@ impl Store {
 
     /// As a kill would leave it: nothing more is written, and what waits for a round sees it fail.
     #[cfg(test)]
-    fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         let _ = self.stop(false);
     }
 

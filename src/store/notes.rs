@@ -107,6 +107,21 @@ impl Rocks {
         self.with(|db| Ok(any_note(db, notes_family(db)?, &[], &[0xff; 8])))
     }
 
+    /// See [`Store::note_owners`](super::Store::note_owners).
+    pub fn read_note_owners(&self) -> Result<Vec<QueueId>, StoreError> {
+        self.with(|db| {
+            let mut notes = db.raw_iterator_cf(notes_family(db)?);
+            let mut owners = Vec::new();
+            notes.seek_to_first();
+            while let Some(owner) = notes.key().and_then(|key| key::parse_queue(key.get(..key::OWNER_BYTES)?)) {
+                owners.push(owner);
+                notes.seek(key::after_queue(owner));
+            }
+            notes.status().map_err(|error| read_error("notes", &error))?;
+            Ok(owners)
+        })
+    }
+
     /// See [`Store::read_notes`](super::Store::read_notes).
     pub fn read_notes(
         &self,

@@ -70,6 +70,7 @@ fn notes_come_in_key_order_per_owner_and_are_replaced_and_deleted() {
     let (store, _) = open(directory.path());
     assert_eq!(read_notes(&store, one.id), [note(b"a", b"3"), note(b"ab", b"6"), note(b"d", b"5")]);
     assert_eq!(read_notes(&store, two.id), [note(b"a", b"of two")]);
+    assert_eq!(store.note_owners(), Ok(vec![one.id, two.id]));
     assert_eq!(store.stats().damaged_records, 0);
 }
 
@@ -124,6 +125,7 @@ fn a_deleted_owner_takes_its_notes_along_and_one_without_notes_costs_nothing() {
 
     // Owners from before the start are looked up.
     let (store, _) = open(directory.path());
+    assert_eq!(store.note_owners(), Ok(vec![before.id]));
     for queue in [&plain, &noted, &TestQueue::new(&store)] {
         assert_eq!(cost_of_deleting(&store, queue.id), plain_cost);
     }
