@@ -181,24 +181,7 @@ pub fn check_server_named(queue_type: QueueType) -> Result<(), BrokerError> {
 }
 
 /// Arguments this version accepts without acting on them; a declaration that uses one is logged.
-const WITHOUT_EFFECT: &[&str] = &[
-    "x-expires",
-    "x-message-ttl",
-    "x-dead-letter-exchange",
-    "x-dead-letter-routing-key",
-    "x-max-length",
-    "x-max-length-bytes",
-    "x-overflow",
-    "x-max-priority",
-    "x-single-active-consumer",
-    "x-delivery-limit",
-    "x-consumer-timeout",
-    "x-delayed-retry-type",
-    "x-delayed",
-    "x-retry",
-    "x-message-group",
-    "x-message-deduplication",
-];
+const WITHOUT_EFFECT: &[&str] = &["x-dead-letter-strategy", "x-delayed", "x-message-deduplication"];
 
 /// The arguments of a declaration that this version keeps, shows and compares, but does not act on.
 pub fn arguments_without_effect(arguments: &FieldTable) -> Vec<&'static str> {
