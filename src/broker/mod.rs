@@ -19,6 +19,7 @@ mod queue;
 mod reply;
 pub mod router;
 pub mod rules;
+mod stream;
 mod timers;
 mod vhost;
 
