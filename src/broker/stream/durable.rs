@@ -31,8 +31,10 @@ const COMMIT_COST: usize = 256;
 const DELETE_BYTES: u64 = 16 << 20;
 /// Offsets read from the store in one go.
 const READ_OFFSETS: u64 = 16 << 10;
+/// Bytes read in one go. The last record may exceed it, and a chunk should not have to grow for that.
+const READ_BYTES: usize = CHUNK_BYTES - (4 << 10);
 /// Bytes read in one go for a reader with a filter, most of which it may not want.
-const SCAN_BYTES: usize = 4 << 20;
+const SCAN_BYTES: usize = 1 << 20;
 /// Bytes of notes read in one go.
 const NOTES_BYTES: usize = 1 << 20;
 
@@ -120,13 +122,13 @@ impl Stream {
         effects.deliver_and_wake();
     }
 
-    /// Reads what a reader wants of `[from, until)`, about [`CHUNK_BYTES`] of it at most.
+    /// Reads what a reader wants of `[from, until)`, about [`READ_BYTES`] of it at most.
     fn read_chunk(&self, from: u64, until: u64, filter: Option<&Filter>) -> Option<Chunk> {
         let expected_bytes = if filter.is_some() { 0 } else { CHUNK_BYTES };
         let mut chunk = Chunk::new(from, expected_bytes, self.budget.clone());
         let (mut at, mut kept, mut scanned) = (from, 0, 0);
-        while at < until && kept < CHUNK_BYTES / 2 && scanned < SCAN_BYTES {
-            let read = self.store.read_records(self.id, at, until, CHUNK_BYTES, &mut |offset, bytes| {
+        while at < until && kept < READ_BYTES / 2 && scanned < SCAN_BYTES {
+            let read = self.store.read_records(self.id, at, until, READ_BYTES, &mut |offset, bytes| {
                 scanned += bytes.len();
                 let is_wanted = filter.is_none_or(|filter| {
                     record::decode(bytes, None).is_some_and(|message| filter.matches(message.properties))
