@@ -42,6 +42,7 @@ pub use self::{
         Settled, Settlement,
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
+    stream::ReaderOptions,
     vhost::{DeclaredQueue, PolicyError, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};

@@ -124,19 +124,6 @@ fn check_queue_type(value: &AMQPValue) -> Result<(), String> {
     }
 }
 
-/// Refuses a type that this version does not serve, in the words for one that does not exist.
-///
-/// # Errors
-/// 406 for streams.
-pub fn check_served(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
-    match QueueType::of(arguments) {
-        QueueType::Classic | QueueType::Quorum => Ok(()),
-        QueueType::Stream => Err(BrokerError::InvalidArgument(format!(
-            "invalid arg '{QUEUE_TYPE}' for {resource}: \"unsupported queue type 'stream'\""
-        ))),
-    }
-}
-
 /// Checks what a type demands of a queue beyond its arguments' types: quorum queues and streams are durable, not
 /// exclusive and not deleted by themselves, and a stream's segments and filters have bounds.
 ///

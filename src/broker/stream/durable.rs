@@ -20,7 +20,7 @@ use crate::{
         },
     },
     clock,
-    store::{QueueStateRecord, Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
+    store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
 };
 
 /// What a turn on a thread of the store's or of a connection may cost, in messages looked at: the stream is locked meanwhile.
@@ -60,7 +60,7 @@ impl Stream {
         let mut next = Some(from.to_vec());
         while let Some(from) = next {
             next = self.store.read_notes(self.id, &from, &[kind + 1], NOTES_BYTES, each).unwrap_or_else(|error| {
-                tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, %error, "notes of a stream cannot be read; segments may be kept for longer and consumers may begin elsewhere");
+                tracing::error!(queue = %self.resource.name, vhost = %self.resource.vhost, %error, "notes of a stream cannot be read; segments may be kept for longer and consumers may begin elsewhere");
                 None
             });
         }
@@ -141,7 +141,7 @@ impl Stream {
             match read {
                 Ok(end) => at = end.max(at + 1),
                 Err(error) => {
-                    tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, offset = at, %error, "messages of a stream cannot be read");
+                    tracing::error!(queue = %self.resource.name, vhost = %self.resource.vhost, offset = at, %error, "messages of a stream cannot be read");
                     return None;
                 }
             }
@@ -184,7 +184,7 @@ impl Stream {
             });
             match (read, found) {
                 (Err(error), _) => {
-                    tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, offset = probe, %error, "a time cannot be looked for in a stream; its reader begins earlier");
+                    tracing::error!(queue = %self.resource.name, vhost = %self.resource.vhost, offset = probe, %error, "a time cannot be looked for in a stream; its reader begins earlier");
                     return from;
                 }
                 (Ok(_), Some((offset, published))) if published < unix_ms => from = offset + 1,
@@ -247,10 +247,4 @@ impl RoundSource for Stream {
         }
         effects.deliver_and_wake();
     }
-}
-
-/// What is known of a stream before it was opened.
-pub(super) fn unopened(state: &mut State, record: QueueStateRecord) {
-    state.in_store = true;
-    state.unopened = Some(record);
 }

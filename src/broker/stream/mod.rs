@@ -43,18 +43,19 @@ use super::{
     memory::MemoryBudget,
     message::Message,
     port::Effects,
-    queue::{Consumer, ConsumerId, Counts, DeletedQueue, QueueOptions, Settled},
+    queue::{Consumer, ConsumerId, Counts, DeletedQueue, Settled},
     rules::StreamRules,
 };
 use crate::{
     clock,
+    model::ResourceName,
     store::{QueueId, QueueStateRecord, Round, Store},
 };
 
 /// See the module.
 pub struct Stream {
-    pub options: QueueOptions,
-    pub id: QueueId,
+    resource: ResourceName,
+    id: QueueId,
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
     state: Mutex<State>,
@@ -63,35 +64,24 @@ pub struct Stream {
 
 impl std::fmt::Debug for Stream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stream").field("name", &self.options.name).field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Stream").field("name", &self.resource.name).field("id", &self.id).finish_non_exhaustive()
     }
 }
 
 impl Stream {
-    /// A new, empty stream.
+    /// A stream: a new, empty one, or with a record what the store has of it; its notes are read when it is first used.
     pub fn new(
-        options: QueueOptions,
+        resource: ResourceName,
         id: QueueId,
         store: Arc<Store>,
         budget: Arc<MemoryBudget>,
         rules: StreamRules,
+        record: Option<QueueStateRecord>,
     ) -> Arc<Self> {
-        let state = Mutex::new(State::new(rules, budget.clone()));
-        Arc::new_cyclic(|this| Stream { options, id, store, budget, state, this: this.clone() })
-    }
-
-    /// A stream as the store has it. Its notes are read when it is first used.
-    pub fn recovered(
-        options: QueueOptions,
-        id: QueueId,
-        store: Arc<Store>,
-        budget: Arc<MemoryBudget>,
-        rules: StreamRules,
-        record: QueueStateRecord,
-    ) -> Arc<Self> {
-        let stream = Stream::new(options, id, store, budget, rules);
-        durable::unopened(&mut stream.state.lock(), record);
-        stream
+        let mut state = State::new(rules, budget.clone());
+        state.in_store = record.is_some();
+        state.unopened = record;
+        Arc::new_cyclic(|this| Stream { resource, id, store, budget, state: Mutex::new(state), this: this.clone() })
     }
 
     /// Appends messages, all of them durable whatever their delivery mode. Answers the round after which they are delivered;
@@ -114,7 +104,7 @@ impl Stream {
     pub fn consume(&self, consumer: Consumer, options: ReaderOptions) -> Result<ConsumerId, BrokerError> {
         let mut state = self.open();
         if state.deleted {
-            let (queue, vhost) = (self.options.name.clone(), self.options.vhost.clone());
+            let (queue, vhost) = (self.resource.name.clone(), self.resource.vhost.clone());
             return Err(BrokerError::QueueNotFound { queue, vhost });
         }
         let keeps_offset = options.tracked_as.is_some() && options.start.is_none();
@@ -184,24 +174,20 @@ impl Stream {
     }
 
     /// Drops what has become too old, and tries reads again that have failed. Called every few seconds.
-    pub fn tick(&self, now_unix_ms: u64) {
-        let mut effects = Effects::default();
-        {
-            let state = self.state.lock();
-            if state.deleted || (state.unopened.is_some() && state.rules.max_age_ms.is_none()) {
-                return;
-            }
-            drop(state);
-            let mut state = self.open();
-            if state.rules.max_age_ms.is_some() && state.retain(now_unix_ms) {
-                self.mark_dirty(&mut state);
-            }
-            state.readers.iter_mut().for_each(|reader| reader.is_stalled = false);
-            let committed_to = state.committed_to;
-            state.readers.queue_up_all(committed_to);
-            self.deliver_locked(&mut state, DELIVERY_COST, &mut effects);
+    pub fn tick(&self, now_unix_ms: u64, effects: &mut Effects) {
+        let state = self.state.lock();
+        if state.deleted || (state.unopened.is_some() && state.rules.max_age_ms.is_none()) {
+            return;
         }
-        effects.deliver_and_wake();
+        drop(state);
+        let mut state = self.open();
+        if state.rules.max_age_ms.is_some() && state.retain(now_unix_ms) {
+            self.mark_dirty(&mut state);
+        }
+        state.readers.iter_mut().for_each(|reader| reader.is_stalled = false);
+        let committed_to = state.committed_to;
+        state.readers.queue_up_all(committed_to);
+        self.deliver_locked(&mut state, DELIVERY_COST, effects);
     }
 
     /// Gives back memory that others need.
@@ -224,10 +210,10 @@ impl Stream {
         let counts = state.counts();
         check(&counts)?;
         let consumers = state.readers.take_all();
-        let in_store = state.in_store || state.dirty.is_some();
+        let in_store = (state.in_store || state.dirty.is_some()).then_some(self.id);
         *state = State::new(StreamRules::default(), self.budget.clone());
         state.deleted = true;
-        Ok(Some(DeletedQueue { consumers, ready: counts.ready, in_store }))
+        Ok(Some(DeletedQueue { consumers, ready: counts.ready, in_store: in_store.into_iter().collect() }))
     }
 
     /// Whether the stream is gone.

@@ -6,7 +6,7 @@ use amq_protocol::types::{AMQPValue, FieldTable};
 
 use super::filter::Filter;
 use crate::{
-    broker::BrokerError,
+    broker::{BrokerError, arguments::max_age_ms},
     model::{
         Name, ResourceName,
         arguments::{as_integer, as_longstr, lookup, type_name},
@@ -83,33 +83,10 @@ fn parse_start(value: &AMQPValue, now_unix_ms: u64) -> Option<Start> {
         (_, Some(b"next")) => Some(Start::Next),
         (AMQPValue::Timestamp(seconds), _) => Some(Start::Time(seconds.saturating_mul(1000))),
         (AMQPValue::ByteArray(_), _) => None,
-        (_, Some(text)) => interval_ms(text).map(|interval| Start::Time(now_unix_ms.saturating_sub(interval))),
+        (_, Some(text)) => max_age_ms(text).map(|interval| Start::Time(now_unix_ms.saturating_sub(interval))),
         // A negative offset is before the first.
         _ => as_integer(value).map(|offset| Start::Offset(u64::try_from(offset).unwrap_or(0))),
     }
-}
-
-/// An interval as `x-max-age` writes it: a number above 0 and one of the units `Y` (365 days), `M` (30 days), `D`, `h`,
-/// `m`, `s`. In milliseconds.
-pub(in crate::broker) fn interval_ms(text: &[u8]) -> Option<u64> {
-    let (unit, digits) = text.split_last()?;
-    const DAY_MS: u64 = 24 * 3_600_000;
-    let unit_ms = match unit {
-        b'Y' => 365 * DAY_MS,
-        b'M' => 30 * DAY_MS,
-        b'D' => DAY_MS,
-        b'h' => 3_600_000,
-        b'm' => 60_000,
-        b's' => 1_000,
-        _ => return None,
-    };
-    if digits.is_empty() || !digits.iter().all(u8::is_ascii_digit) {
-        return None;
-    }
-    let number = digits
-        .iter()
-        .fold(0u64, |number, digit| number.saturating_mul(10).saturating_add(u64::from(digit - b'0')));
-    (number > 0).then(|| number.saturating_mul(unit_ms))
 }
 
 #[cfg(test)]

@@ -93,10 +93,6 @@ impl Readers {
         self.count
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
     /// Adds a reader.
     pub fn add(&mut self, mut reader: Reader) -> ConsumerId {
         self.next_serial = self.next_serial.wrapping_add(1);

@@ -28,6 +28,8 @@ impl Port for Counter {
     fn wake(&self) {}
 
     fn consumer_cancelled(&self, _: Address) {}
+
+    fn consumer_timed_out(&self, _: Address) {}
 }
 
 fn resident_mib() -> u64 {
@@ -42,8 +44,7 @@ fn start(world: &World, prefetch: u16, value: AMQPValue, filter: Option<&str>) -
     if let Some(filter) = filter {
         table.insert("x-stream-filter".into(), text(filter));
     }
-    let resource = ResourceName::queue("s", &"/".into());
-    let options = ReaderOptions::parse(&resource, &table, &"".into(), clock::now_unix_ms()).expect("arguments");
+    let options = ReaderOptions::parse(&resource(), &table, &"".into(), clock::now_unix_ms()).expect("arguments");
     let client = Arc::<Counter>::default();
     let to = Address { channel: 1, slot: 0 };
     let id = world.stream.consume(Consumer::new(client.clone(), to, false, false, 0, prefetch), options).expect("room");

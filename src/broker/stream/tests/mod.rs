@@ -21,10 +21,7 @@ use crate::{
         port::{Address, Delivery, DeliveryWriter, Offer, Port},
         queue::record,
     },
-    model::{
-        ResourceName,
-        properties::{Properties, raw_entries},
-    },
+    model::properties::{Properties, raw_entries},
     store::{CommitHook, Recovered, StoreOptions},
 };
 
@@ -93,6 +90,8 @@ impl Port for Client {
     fn wake(&self) {}
 
     fn consumer_cancelled(&self, _: Address) {}
+
+    fn consumer_timed_out(&self, _: Address) {}
 }
 
 /// Polls until `is_so`; gives up after a long time.
@@ -135,9 +134,8 @@ struct World {
     round: Round,
 }
 
-fn queue_options() -> QueueOptions {
-    let arguments = FieldTable::default();
-    QueueOptions { name: "s".into(), vhost: "/".into(), durable: true, auto_delete: false, exclusive_to: None, arguments }
+fn resource() -> ResourceName {
+    ResourceName::queue("s", &"/".into())
 }
 
 fn open_store(path: &Path, gate: &Arc<Gate>) -> (Arc<Store>, Recovered) {
@@ -153,7 +151,7 @@ impl World {
         let (store, _) = open_store(directory.path(), &gate);
         let budget = Arc::new(MemoryBudget::new(64 << 20));
         let id = store.allocate_queue_id();
-        let stream = Stream::new(queue_options(), id, store.clone(), budget.clone(), rules);
+        let stream = Stream::new(resource(), id, store.clone(), budget.clone(), rules, None);
         World { directory, gate, store, budget, stream, rules, next_id: 0, round: 0 }
     }
 
@@ -207,8 +205,7 @@ impl World {
         for (key, value) in arguments {
             table.insert(key.into(), value);
         }
-        let resource = ResourceName::queue("s", &"/".into());
-        let options = ReaderOptions::parse(&resource, &table, &tag.into(), clock::now_unix_ms()).expect("arguments");
+        let options = ReaderOptions::parse(&resource(), &table, &tag.into(), clock::now_unix_ms()).expect("arguments");
         let to = Address { channel: 1, slot: 0 };
         let consumer = Consumer::new(client.clone(), to, false, false, 0, prefetch);
         let id = self.stream.consume(consumer, options).expect("a reader");
@@ -238,10 +235,7 @@ impl World {
         self.store = store;
         let record = recovered.states.iter().find(|(queue, _)| *queue == id).map(|(_, record)| *record);
         let (store, budget) = (self.store.clone(), self.budget.clone());
-        self.stream = match record {
-            Some(record) => Stream::recovered(queue_options(), id, store, budget, self.rules, record),
-            None => Stream::new(queue_options(), id, store, budget, self.rules),
-        };
+        self.stream = Stream::new(resource(), id, store, budget, self.rules, record);
         self
     }
 }

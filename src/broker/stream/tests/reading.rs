@@ -207,7 +207,7 @@ fn a_deleted_stream_lets_its_readers_go() {
     let (id, client) = world.read("", 2, from_first());
     client.wait_for(2);
     let deleted = world.stream.delete(|_| Ok(())).expect("no objection").expect("a stream");
-    assert_eq!((deleted.consumers.len(), deleted.ready, deleted.in_store), (1, 10, true));
+    assert_eq!((deleted.consumers.len(), deleted.ready, deleted.in_store), (1, 10, vec![world.stream.id]));
     assert!(world.stream.delete(|_| Ok(())).expect("no objection").is_none());
     world.settle(id, &[0, 1]);
     world.publish_raw(1, 10, &[0, 0]);

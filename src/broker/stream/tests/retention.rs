@@ -49,9 +49,9 @@ fn age_counts_at_a_tick_too_and_spares_the_last_segment() {
     for _ in 0..20 {
         world.publish(100, 100);
     }
-    world.stream.tick(clock::now_unix_ms());
+    world.stream.tick(clock::now_unix_ms(), &mut Effects::default());
     assert_eq!(world.stream.counts().ready, 2_000);
-    world.stream.tick(clock::now_unix_ms() + 120_000);
+    world.stream.tick(clock::now_unix_ms() + 120_000, &mut Effects::default());
     assert!(world.stream.counts().ready <= 500);
     world.flush();
     let world = world.restart();
