@@ -20,6 +20,7 @@ mod queue;
 mod reply;
 pub mod router;
 pub mod rules;
+mod stream;
 mod timers;
 mod vhost;
 
@@ -42,6 +43,7 @@ pub use self::{
         Settled, Settlement,
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
+    stream::ReaderOptions,
     vhost::{DeclaredQueue, PolicyError, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};

@@ -347,7 +347,6 @@ impl Vhost {
     fn check_new_queue(&self, options: &QueueOptions) -> Result<(), BrokerError> {
         let resource = ResourceName::queue(&options.name, &self.name);
         arguments::check_queue_arguments(&resource, &options.arguments)?;
-        arguments::check_served(&resource, &options.arguments)?;
         let transient = !options.durable && options.exclusive_to.is_none();
         if transient && !self.settings.permit_transient_nonexclusive {
             return Err(BrokerError::NotPermitted {
@@ -421,6 +420,9 @@ impl Vhost {
         if_unused: bool,
         if_empty: bool,
     ) -> Result<(), BrokerError> {
+        if queue.traits.queue_type == QueueType::Stream {
+            return Ok(()); // which knows neither flag
+        }
         let (queue, vhost) = (queue.options.name.clone(), self.name.clone());
         if if_empty && counts.ready > 0 {
             return Err(BrokerError::QueueNotEmpty { queue, vhost });

@@ -1,8 +1,6 @@
 //! Policies: their effect on exchanges and queues, where they are kept, and what is refused. How they are selected and
 //! merged is tested in `src/broker/policy` and `src/broker/rules`.
 
-use std::sync::Arc;
-
 use lapin::{ExchangeKind, options::*, types::FieldTable};
 use leveret::{
     broker::{
@@ -14,7 +12,10 @@ use leveret::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{TestBroker, broker::Client, declare_durable, depth, persistent, table, text, within};
+use crate::support::{
+    TestBroker, broker::Client, declare_durable, depth, eventually, get, persistent, publish_confirmed, table, text,
+    within,
+};
 
 fn policy(kind: PolicyKind, name: &str, pattern: &str, definition: Value) -> Policy {
     Policy::from_json(kind, name, &json!({"pattern": pattern, "definition": definition})).unwrap()
@@ -43,8 +44,8 @@ fn names(broker: &TestBroker, kind: PolicyKind) -> Vec<String> {
     policies.iter().map(|policy| policy.name.to_string()).collect()
 }
 
-fn rules(broker: &TestBroker, queue: &str) -> Arc<QueueRules> {
-    broker.server().broker().vhost("/").unwrap().queue(queue).unwrap().rules().into()
+fn rules(broker: &TestBroker, queue: &str) -> QueueRules {
+    broker.server().broker().vhost("/").unwrap().queue(queue).unwrap().rules()
 }
 
 async fn declare_fanout(client: &Client, exchange: &str, arguments: FieldTable) {
@@ -135,7 +136,7 @@ async fn rules_of_queues_follow_their_policies_at_once() {
     clear(&broker, PolicyKind::User, "p").await;
     clear(&broker, PolicyKind::Operator, "o").await;
     assert_eq!((rules(&broker, "q.1").max_length, rules(&broker, "q.1").message_ttl_ms), (Some(5), None));
-    assert_eq!(*rules(&broker, "q.2"), QueueRules::default());
+    assert_eq!(rules(&broker, "q.2"), QueueRules::default());
     client.close().await;
     broker.stop().await;
 }
@@ -205,5 +206,40 @@ async fn what_is_not_there_is_named() {
     let error = inside.clear_policy("/", PolicyKind::Operator, "p").unwrap_err();
     assert_eq!(error.to_string(), "no operator policy 'p' in vhost '/'");
     assert_eq!(inside.policies("nowhere", PolicyKind::User).unwrap_err().to_string(), "no vhost 'nowhere'");
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_lower_limit_drops_heads_at_once_and_dead_letters_them() {
+    let broker = TestBroker::start().await;
+    let client = broker.publisher().await;
+    for queue in ["q", "dead"] {
+        declare_durable(&client, queue).await;
+    }
+    for body in [b"1", b"2", b"3"] {
+        publish_confirmed(&client, "q", body).await;
+    }
+    let target = json!({"max-length": 1, "dead-letter-exchange": "", "dead-letter-routing-key": "dead"});
+    set(&broker, user("p", "^q$", target)).await;
+    assert_eq!((depth(&client, "q").await.0, depth(&client, "dead").await.0), (1, 2));
+    for (queue, body) in [("q", b"3"), ("dead", b"1"), ("dead", b"2")] {
+        let message = get(&client, queue).await;
+        assert_eq!(message.data, body);
+        message.ack(BasicAckOptions::default()).await.unwrap();
+    }
+    client.close().await;
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn an_expiry_given_by_an_operator_deletes_an_unused_queue() {
+    let broker = TestBroker::start().await;
+    let client = broker.client().await;
+    declare_durable(&client, "q").await;
+    declare_durable(&client, "kept").await;
+    set(&broker, policy(PolicyKind::Operator, "o", "^q$", json!({"expires": 50}))).await;
+    eventually("the queue's end", async || (!broker.has_queue("q")).then_some(())).await;
+    assert!(broker.has_queue("kept"));
+    client.close().await;
     broker.stop().await;
 }

@@ -124,19 +124,6 @@ fn check_queue_type(value: &AMQPValue) -> Result<(), String> {
     }
 }
 
-/// Refuses a type that this version does not serve, in the words for one that does not exist.
-///
-/// # Errors
-/// 406 for streams.
-pub fn check_served(resource: &ResourceName, arguments: &FieldTable) -> Result<(), BrokerError> {
-    match QueueType::of(arguments) {
-        QueueType::Classic | QueueType::Quorum => Ok(()),
-        QueueType::Stream => Err(BrokerError::InvalidArgument(format!(
-            "invalid arg '{QUEUE_TYPE}' for {resource}: \"unsupported queue type 'stream'\""
-        ))),
-    }
-}
-
 /// Checks what a type demands of a queue beyond its arguments' types: quorum queues and streams are durable, not
 /// exclusive and not deleted by themselves, and a stream's segments and filters have bounds.
 ///
@@ -181,24 +168,7 @@ pub fn check_server_named(queue_type: QueueType) -> Result<(), BrokerError> {
 }
 
 /// Arguments this version accepts without acting on them; a declaration that uses one is logged.
-const WITHOUT_EFFECT: &[&str] = &[
-    "x-expires",
-    "x-message-ttl",
-    "x-dead-letter-exchange",
-    "x-dead-letter-routing-key",
-    "x-max-length",
-    "x-max-length-bytes",
-    "x-overflow",
-    "x-max-priority",
-    "x-single-active-consumer",
-    "x-delivery-limit",
-    "x-consumer-timeout",
-    "x-delayed-retry-type",
-    "x-delayed",
-    "x-retry",
-    "x-message-group",
-    "x-message-deduplication",
-];
+const WITHOUT_EFFECT: &[&str] = &["x-dead-letter-strategy", "x-delayed", "x-message-deduplication"];
 
 /// The arguments of a declaration that this version keeps, shows and compares, but does not act on.
 pub fn arguments_without_effect(arguments: &FieldTable) -> Vec<&'static str> {

@@ -10,8 +10,8 @@ use crate::broker::port::{Address, Port};
 /// A consumer of one queue; an id is not used twice while anything may still name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConsumerId {
-    index: u32,
-    serial: u32,
+    pub(in crate::broker) index: u32,
+    pub(in crate::broker) serial: u32,
 }
 
 /// One subscription.

@@ -70,6 +70,9 @@ impl Queue {
 
     /// Makes the present consumption part of a round and answers it; 0 when nothing of it is stored. For transactions.
     pub fn settle_round(self: &Arc<Self>) -> Round {
+        if let Some(stream) = &self.stream {
+            return stream.settle_round();
+        }
         let mut state = self.open();
         if state.dirty.is_some() || state.has_news() {
             return self.mark_dirty(&mut state);
@@ -79,6 +82,9 @@ impl Queue {
 
     /// Asks for a round when the queue holds memory others need. Called by the sweep.
     pub fn offer_eviction(self: &Arc<Self>) {
+        if let Some(stream) = &self.stream {
+            return stream.offer_eviction();
+        }
         let mut state = self.state.lock();
         let resident: usize = state.lanes.iter().map(|lane| lane.log.resident_bytes()).sum();
         if resident > MIN_EVICTION_BYTES && !state.deleted {

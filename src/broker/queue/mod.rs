@@ -53,6 +53,7 @@ use super::{
     message::Message,
     port::{Address, Effects, Offer, Port},
     rules::{Overflow, QueueRules, QueueTraits},
+    stream::{ReaderOptions, Stream},
     timers::Timed,
 };
 use crate::{
@@ -60,6 +61,9 @@ use crate::{
     model::{Name, ResourceName},
     store::{QueueId, QueueStateRecord, Round},
 };
+
+/// How often streams look for what has become too old.
+const STREAM_TICK_MS: u64 = 5_000;
 
 /// The connection an exclusive queue belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,6 +131,8 @@ pub struct Queue {
     environment: Arc<Environment>,
     /// A publish may be refused: see [`Queue::offer`].
     may_reject: AtomicBool,
+    /// Everything of a stream; `state` is of no use then.
+    stream: Option<Arc<Stream>>,
     state: Mutex<QueueState>,
     this: Weak<Queue>,
 }
@@ -161,8 +167,13 @@ impl Queue {
     ) -> Arc<Self> {
         let now = clock::now_unix_ms();
         let budget = environment.budget.clone();
+        let stream = (traits.queue_type == QueueType::Stream).then(|| {
+            let resource = ResourceName::queue(&options.name, &options.vhost);
+            let record = records.first().map(|(_, record)| *record);
+            Stream::new(resource, id, environment.store.clone(), budget.clone(), rules.stream, record)
+        });
         let mut state = QueueState::new(id, budget.clone(), options.durable, traits.clone(), rules, now);
-        for &(level, record) in records {
+        for &(level, record) in records.iter().filter(|_| stream.is_none()) {
             let lane_id = QueueId(id.0 + u64::from(level));
             state.lanes.insert(Lane::recovered(level, lane_id, budget.clone(), record));
         }
@@ -174,6 +185,7 @@ impl Queue {
             id,
             environment,
             may_reject,
+            stream,
             state: Mutex::new(state),
             this: this.clone(),
         });
@@ -183,6 +195,9 @@ impl Queue {
 
     /// Schedules what a queue may have to do before anybody uses it.
     fn begin(self: &Arc<Self>) {
+        if self.stream.is_some() {
+            return self.schedule_tick(clock::now_unix_ms());
+        }
         let mut state = self.state.lock();
         let stored = state.lanes.iter().any(|lane| lane.unopened.is_some());
         if stored && (state.rules.message_ttl_ms.is_some() || state.counts_attempts()) {
@@ -210,6 +225,9 @@ impl Queue {
     ///
     /// Hot path: one lock for the whole run, no allocation a message.
     pub fn publish(self: &Arc<Self>, messages: &[Message<'_>], effects: &mut Effects) -> Round {
+        if let Some(stream) = &self.stream {
+            return stream.publish(messages);
+        }
         if self.may_reject() {
             let rounds = messages.iter().map(|message| match self.offer(message, effects) {
                 Outcome::Accepted(round) => round,
@@ -269,6 +287,9 @@ impl Queue {
 
     /// [`Queue::publish`] of one message, to a queue that may refuse it.
     pub fn offer(self: &Arc<Self>, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+        if let Some(stream) = &self.stream {
+            return Outcome::Accepted(stream.publish(std::slice::from_ref(message)));
+        }
         let mut state = self.open();
         if !state.deleted && state.is_full_for(message) {
             if state.rules.overflow == Overflow::RejectPublishDlx {
@@ -348,6 +369,9 @@ impl Queue {
         how: Settlement,
         effects: &mut Effects,
     ) {
+        if let Some(stream) = &self.stream {
+            return stream.settle(consumer, deliveries, effects);
+        }
         let mut state = self.open();
         if state.deleted {
             return;
@@ -402,9 +426,20 @@ impl Queue {
         Ok(state.consumers.add(consumer))
     }
 
+    /// [`Queue::consume`] for a stream, with what its consumers may ask for. Nothing but a stream can be read like that.
+    ///
+    /// # Errors
+    /// 404 when the stream is gone.
+    pub fn read(&self, consumer: Consumer, options: ReaderOptions) -> Result<ConsumerId, BrokerError> {
+        self.stream.as_ref().ok_or_else(|| self.not_found())?.consume(consumer, options)
+    }
+
     /// Takes a consumer out; its unacked deliveries stay with its channel. The last one of an auto-delete queue takes
     /// the queue with it.
     pub fn cancel(self: &Arc<Self>, id: ConsumerId, effects: &mut Effects) {
+        if let Some(stream) = &self.stream {
+            return stream.cancel(id);
+        }
         let mut state = self.open();
         if state.consumers.remove(id).is_none() {
             return;
@@ -423,6 +458,9 @@ impl Queue {
 
     /// Lets a consumer take part again that an [`Offer::Blocked`] had stopped.
     pub fn unblock(self: &Arc<Self>, id: ConsumerId, effects: &mut Effects) {
+        if let Some(stream) = &self.stream {
+            return stream.unblock(id, effects);
+        }
         let mut state = self.open();
         state.consumers.unblock(id);
         if let Some(groups) = &mut state.groups {
@@ -448,6 +486,11 @@ impl Queue {
         if state.deleted || state.rules == rules {
             return;
         }
+        if let Some(stream) = &self.stream {
+            stream.apply_rules(rules.stream);
+            state.rules = rules;
+            return;
+        }
         state.rules = rules;
         self.may_reject.store(state.may_reject(), Ordering::Relaxed);
         state.renew_lease();
@@ -470,17 +513,26 @@ impl Queue {
 
     /// Depth and use.
     pub fn counts(&self) -> Counts {
+        if let Some(stream) = &self.stream {
+            return stream.counts();
+        }
         self.state.lock().counts()
     }
 
     /// When the oldest ready message was published, if that is known without reading from the store.
     pub fn oldest_ready_unix_ms(&self) -> Option<u64> {
+        if let Some(stream) = &self.stream {
+            return stream.oldest_unix_ms();
+        }
         let state = self.state.lock();
         state.lanes.iter().filter_map(|lane| lane.log.oldest_ready_unix_ms()).min()
     }
 
     /// Bytes of messages in memory.
     pub fn resident_bytes(&self) -> usize {
+        if let Some(stream) = &self.stream {
+            return stream.resident_bytes();
+        }
         self.state.lock().lanes.iter().map(|lane| lane.log.resident_bytes()).sum()
     }
 
@@ -492,6 +544,9 @@ impl Queue {
         &self,
         check: impl FnOnce(&Counts) -> Result<(), BrokerError>,
     ) -> Result<Option<DeletedQueue>, BrokerError> {
+        if let Some(stream) = &self.stream {
+            return stream.delete(check);
+        }
         let mut state = self.state.lock();
         if state.deleted {
             return Ok(None);
@@ -514,11 +569,20 @@ impl Queue {
 
     /// Whether the queue is gone.
     pub fn is_deleted(&self) -> bool {
+        if let Some(stream) = &self.stream {
+            return stream.is_deleted();
+        }
         self.state.lock().deleted
     }
 
     fn not_found(&self) -> BrokerError {
         BrokerError::QueueNotFound { queue: self.options.name.clone(), vhost: self.options.vhost.clone() }
+    }
+
+    /// Has a stream looked at again after a while.
+    fn schedule_tick(&self, now_unix_ms: u64) {
+        let timed: Weak<dyn Timed> = self.this.clone();
+        self.environment.timers.schedule(now_unix_ms + STREAM_TICK_MS, timed);
     }
 
     /// Has the queue looked at when something will be due.
@@ -534,6 +598,13 @@ impl Queue {
 
 impl Timed for Queue {
     fn on_time(self: Arc<Self>, now_unix_ms: u64, effects: &mut Effects) {
+        if let Some(stream) = &self.stream {
+            if !stream.is_deleted() {
+                stream.tick(now_unix_ms, effects);
+                self.schedule_tick(now_unix_ms);
+            }
+            return;
+        }
         let mut state = self.open();
         if state.deleted || now_unix_ms < state.scheduled_at_unix_ms {
             return; // an entry that an earlier one has made idle

@@ -10,7 +10,10 @@ use amq_protocol::{
 use super::{generated_name, unless};
 use crate::{
     auth::{Access, Resource},
-    broker::{Address, Consumer, Queue, REPLY_TO, ReplyRegistry, ReplyTarget, Settlement, arguments::QueueType},
+    broker::{
+        Address, Consumer, Queue, REPLY_TO, ReaderOptions, ReplyRegistry, ReplyTarget, Settlement, arguments::QueueType,
+    },
+    clock,
     model::{
         Name,
         arguments::{as_integer, lookup, type_name},
@@ -83,7 +86,15 @@ impl Session {
             ));
         }
         let queue = vhost.queue_for(&name, self.id)?;
+        let prefetch = self.channels.get(number).map_or(0, |channel| channel.prefetch);
+        let reader = match queue.traits.queue_type {
+            QueueType::Stream => Some(reader_options(&queue, consume, &tag)?),
+            QueueType::Classic | QueueType::Quorum => None,
+        };
         check_consumer_arguments(&queue, &consume.arguments)?;
+        if reader.is_some() {
+            check_reader(&queue, prefetch, consume.no_ack)?;
+        }
         let priority = consumer_priority(&queue, &consume.arguments)?;
         let timeout_ms = consumer_timeout(&queue, &consume.arguments)?;
         if queue.traits.queue_type != QueueType::Classic && self.outbox.channel_prefetch(number) > 0 {
@@ -93,11 +104,14 @@ impl Session {
         let Some(slot) = self.outbox.add_consumer(number, &tag, Some(queue.clone()), consume.no_ack) else {
             return Ok(Answer::None);
         };
-        let prefetch = self.channels.get(number).map_or(0, |channel| channel.prefetch);
         let to = Address { channel: number, slot };
-        let consumer = match queue.consume(
-            Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch).with_timeout(timeout_ms),
-        ) {
+        let consumer =
+            Consumer::new(port, to, consume.no_ack, consume.exclusive, priority, prefetch).with_timeout(timeout_ms);
+        let consumer = match reader {
+            Some(reader) => queue.read(consumer, reader),
+            None => queue.consume(consumer),
+        };
+        let consumer = match consumer {
             Ok(consumer) => consumer,
             Err(error) => {
                 self.outbox.remove_consumer(number, &tag);
@@ -165,6 +179,9 @@ impl Session {
             let text = "basic.get operations are not supported by quorum queues with single active consumer";
             return Err(Fault::new(405, format!("cannot obtain access to locked {}. {text}", queue.resource())));
         }
+        if queue.traits.queue_type == QueueType::Stream {
+            return Err(Fault::new(540, format!("basic.get not supported by stream queues {}", queue.resource())));
+        }
         self.check_clogged();
         if !self.hand_out(number, &queue, no_ack) {
             return Ok(Answer::Now(AMQPClass::Basic(basic::AMQPMethod::GetEmpty(basic::GetEmpty {}))));
@@ -196,17 +213,39 @@ impl Session {
     }
 }
 
+/// What a consumer of a stream asks for.
+fn reader_options(queue: &Queue, consume: &basic::Consume, tag: &Name) -> Result<ReaderOptions, Fault> {
+    Ok(ReaderOptions::parse(&queue.resource(), &consume.arguments, tag, clock::now_unix_ms())?)
+}
+
+/// What RabbitMQ demands of a stream's consumer.
+fn check_reader(queue: &Queue, prefetch: u16, no_ack: bool) -> Result<(), Fault> {
+    let resource = queue.resource();
+    if prefetch == 0 {
+        return Err(Fault::new(406, format!("consumer prefetch count is not set for stream {resource}")));
+    }
+    if no_ack {
+        return Err(Fault::new(540, format!("automatic acknowledgement not supported by stream {resource}")));
+    }
+    Ok(())
+}
+
 /// Refuses consumer arguments that the queue's type does not know, though another does.
 fn check_consumer_arguments(queue: &Queue, arguments: &FieldTable) -> Result<(), Fault> {
-    const STREAM: [&str; 3] = ["x-stream-offset", "x-stream-filter", "x-stream-match-unfiltered"];
-    let queue_type = QueueType::of(&queue.options.arguments);
-    let timeout = (queue_type == QueueType::Classic).then_some("x-consumer-timeout");
-    let Some(key) = STREAM.into_iter().chain(timeout).find(|key| arguments.contains_key(key)) else { return Ok(()) };
-    let (name, vhost) = (&queue.options.name, &queue.options.vhost);
-    Err(Fault::new(
-        406,
-        format!("invalid arg '{key}' for queue '{name}' in vhost '{vhost}' of queue type {}", queue_type.module()),
-    ))
+    const OF_STREAMS: [&str; 3] = ["x-stream-offset", "x-stream-filter", "x-stream-match-unfiltered"];
+    let queue_type = queue.traits.queue_type;
+    let foreign: &[&[&str]] = match queue_type {
+        QueueType::Classic => &[&OF_STREAMS, &["x-consumer-timeout"]],
+        QueueType::Quorum => &[&OF_STREAMS],
+        QueueType::Stream => &[&["x-priority", "x-consumer-timeout"]],
+    };
+    match foreign.iter().copied().flatten().find(|key| arguments.contains_key(key)) {
+        None => Ok(()),
+        Some(key) => {
+            let (resource, module) = (queue.resource(), queue_type.module());
+            Err(Fault::new(406, format!("invalid arg '{key}' for {resource} of queue type {module}")))
+        }
+    }
 }
 
 /// `x-consumer-timeout` in milliseconds, checked as RabbitMQ checks it.

@@ -190,6 +190,9 @@ impl Session {
         self.check(Access::Read, Resource::Queue, &name)?;
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
         let queue = vhost.queue_for(&name, self.id)?;
+        if queue.traits.queue_type == QueueType::Stream {
+            return Err(Fault::new(540, format!("queue.purge not supported by stream queues {}", queue.resource())));
+        }
         let message_count = u32::try_from(queue.purge()).unwrap_or(u32::MAX);
         let purge_ok = AMQPClass::Queue(queue::AMQPMethod::PurgeOk(queue::PurgeOk { message_count }));
         Ok(Answer::After(queue.settle_round(), (!purge.nowait).then_some(purge_ok)))
@@ -208,6 +211,9 @@ impl Session {
                 vhost.check_delete(&queue, counts, if_unused, if_empty)
             })?;
             self.exclusive.retain(|exclusive| exclusive.id != queue.id);
+            if queue.traits.queue_type == QueueType::Stream {
+                deleted = 0; // as RabbitMQ counts
+            }
         }
         let message_count = u32::try_from(deleted).unwrap_or(u32::MAX);
         let delete_ok = AMQPClass::Queue(queue::AMQPMethod::DeleteOk(queue::DeleteOk { message_count }));
@@ -235,10 +241,12 @@ fn short(text: &str) -> ShortString {
 
 fn declare_ok(queue: &Queue) -> AMQPClass {
     let counts = queue.counts();
+    // RabbitMQ counts no consumers of streams here.
+    let consumers = if queue.traits.queue_type == QueueType::Stream { 0 } else { counts.consumers };
     AMQPClass::Queue(queue::AMQPMethod::DeclareOk(queue::DeclareOk {
         queue: short(&queue.options.name),
         message_count: u32::try_from(counts.ready).unwrap_or(u32::MAX),
-        consumer_count: u32::try_from(counts.consumers).unwrap_or(u32::MAX),
+        consumer_count: u32::try_from(consumers).unwrap_or(u32::MAX),
     }))
 }
 
