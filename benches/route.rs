@@ -6,7 +6,7 @@ use std::sync::Arc;
 use amq_protocol::types::{AMQPValue, FieldTable};
 use criterion::{Criterion, criterion_group, criterion_main};
 use leveret::broker::binding::{Binding, Destination};
-use leveret::broker::exchange::Attributes;
+use leveret::broker::exchange::{Attributes, Exchange, ExchangeKind, ExchangeOptions};
 use leveret::broker::router::{RouteResult, Topology};
 
 type Queues = Topology<Arc<usize>>;
@@ -14,6 +14,11 @@ type Queues = Topology<Arc<usize>>;
 /// A vhost with `count` queues, each bound to `exchange` with the key and arguments that `rule` gives it.
 fn bound(exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTable)) -> Queues {
     let mut topology = Topology::with_predeclared("/".into());
+    bind_all(&mut topology, exchange, count, rule);
+    topology
+}
+
+fn bind_all(topology: &mut Queues, exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTable)) {
     for number in 0..count {
         let name = format!("q{number}");
         topology.add_queue(name.as_str().into(), Arc::new(number));
@@ -26,7 +31,6 @@ fn bound(exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTab
         };
         assert_eq!(topology.bind(binding), Ok(true));
     }
-    topology
 }
 
 fn by_key(exchange: &str, count: usize, key: impl Fn(usize) -> String) -> Queues {
@@ -85,17 +89,50 @@ fn topic(c: &mut Criterion) {
     measure(c, "topic, 10k mixed, none", (&mixed, exchange), (&["eu.site77.sensor.x"], None), 0);
 }
 
+fn sensor(number: usize) -> FieldTable {
+    let mut table = FieldTable::default();
+    table.insert("kind".into(), AMQPValue::LongString("sensor".into()));
+    table.insert("number".into(), AMQPValue::LongLongInt(i64::try_from(number).expect("small")));
+    table
+}
+
 fn headers(c: &mut Criterion) {
-    let table = |number: usize| {
-        let mut table = FieldTable::default();
-        table.insert("kind".into(), AMQPValue::LongString("sensor".into()));
-        table.insert("number".into(), AMQPValue::LongLongInt(i64::try_from(number).expect("small")));
-        table
-    };
-    let topology = bound("amq.headers", 100, |number| (String::new(), table(number)));
-    let (message, exchange) = (table(77), "amq.headers");
+    let topology = bound("amq.headers", 100, |number| (String::new(), sensor(number)));
+    let (message, exchange) = (sensor(77), "amq.headers");
     measure(c, "headers, 100 bindings", (&topology, exchange), (&[""], Some(&message)), 1);
 }
 
-criterion_group!(benches, by_name, topic, headers);
+fn consistent_hash(c: &mut Criterion) {
+    for count in [10, 1000] {
+        for (name, weight) in [("equal weights", None), ("different weights", Some(7))] {
+            let mut topology = Topology::with_predeclared("/".into());
+            let kind = ExchangeKind::ConsistentHash;
+            let exchange = Exchange::new("hash".into(), kind, ExchangeOptions::default(), FieldTable::default());
+            topology.declare_exchange(exchange).expect("new");
+            bind_all(&mut topology, "hash", count, |number| {
+                (weight.map_or(1, |count| 1 + number % count).to_string(), FieldTable::default())
+            });
+            let name = format!("consistent hash, {count} queues, {name}");
+            measure(c, &name, (&topology, "hash"), (&["key.7777"], None), 1);
+        }
+    }
+}
+
+fn jms(c: &mut Criterion) {
+    let mut topology = Topology::with_predeclared("/".into());
+    let exchange =
+        Exchange::new("jms".into(), ExchangeKind::JmsTopic, ExchangeOptions::default(), FieldTable::default());
+    topology.declare_exchange(exchange).expect("new");
+    bind_all(&mut topology, "jms", 100, |number| {
+        let mut arguments = FieldTable::default();
+        let selector = format!(
+            "{{'and',{{'like',{{'ident',<<\"kind\">>}},<<\"sen%\">>,'no_escape'}},{{'=',{{'ident',<<\"number\">>}},{number}}}}}."
+        );
+        arguments.insert("rjms_erlang_selector".into(), AMQPValue::LongString(selector.into()));
+        (String::new(), arguments)
+    });
+    measure(c, "JMS, 100 selectors", (&topology, "jms"), (&[""], Some(&sensor(77))), 1);
+}
+
+criterion_group!(benches, by_name, topic, headers, consistent_hash, jms);
 criterion_main!(benches);

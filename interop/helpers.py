@@ -360,3 +360,18 @@ class Confirms:
         while self.outstanding:
             self.take(self.client.read(deadline - time.monotonic()))
         return self
+
+
+# ---- What a server may lack
+
+
+def require_exchange_type(raw: Callable[..., RawClient], server: Server, kind: str) -> None:
+    """Skips the test on a RabbitMQ without this exchange type, because its plugin is not enabled for example."""
+    with raw(1) as client:
+        # The type is checked first, and nobody may declare the default exchange.
+        answer = client.call(1, "exchange.declare", exchange="", type=kind)
+    if (answer.name, answer.reply_code) == ("channel.close", 403):
+        return
+    assert answer.reply_text.endswith(f"unknown exchange type '{kind}'"), answer
+    assert server.is_rabbitmq, answer
+    pytest.skip(f"this RabbitMQ has no exchange type {kind}")

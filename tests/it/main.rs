@@ -15,6 +15,7 @@ mod connection;
 mod consume;
 mod durability;
 mod exchange;
+mod exchange_types;
 mod frames;
 mod leaks;
 mod limits;

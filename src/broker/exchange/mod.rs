@@ -286,8 +286,8 @@ mod tests {
         let error = |text: &str| Err(text.to_owned());
         let property = ("hash-property", text("content_type"));
         let unsupported = "Unsupported property: content_type";
-        assert_eq!(check(ExchangeKind::ConsistentHash, &[property.clone()]), error(unsupported));
-        assert_eq!(check(ExchangeKind::Direct, &[property.clone()]), Ok(()));
+        assert_eq!(check(ExchangeKind::ConsistentHash, std::slice::from_ref(&property)), error(unsupported));
+        assert_eq!(check(ExchangeKind::Direct, std::slice::from_ref(&property)), Ok(()));
         let inner = ("x-delayed-type", text("x-consistent-hash"));
         assert_eq!(check(ExchangeKind::Delayed, &[inner.clone(), property]), error(unsupported));
         assert_eq!(check(ExchangeKind::Delayed, &[inner]), Ok(()));
@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(check(ExchangeKind::Delayed, &[]), error(missing));
         let length = ("x-recent-history-length", AMQPValue::LongInt(0));
         let positive = "Invalid argument 0, 'x-recent-history-length' must be a positive integer";
-        assert_eq!(check(ExchangeKind::RecentHistory, &[length.clone()]), error(positive));
+        assert_eq!(check(ExchangeKind::RecentHistory, std::slice::from_ref(&length)), error(positive));
         assert_eq!(check(ExchangeKind::Fanout, &[length]), Ok(()));
     }
 

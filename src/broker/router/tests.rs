@@ -332,6 +332,91 @@ fn what_a_headers_exchange_decides_is_not_cacheable() {
     assert_eq!(result("", b"q", None), (vec!["q"], true));
 }
 
+fn with_arguments(name: &str, kind: ExchangeKind, arguments: &[(&str, &str)]) -> Exchange {
+    let mut table = FieldTable::default();
+    for (key, value) in arguments {
+        table.insert((*key).into(), AMQPValue::LongString((*value).into()));
+    }
+    Exchange::new(name.into(), kind, ExchangeOptions::default(), table)
+}
+
+#[test]
+fn only_what_depends_on_nothing_but_keys_is_cacheable() {
+    use ExchangeKind::{
+        ConsistentHash, Delayed, Direct, Fanout, JmsTopic, LocalRandom, ModulusHash, Random, RecentHistory,
+    };
+    let mut by_argument = exchange("delayed", Fanout);
+    by_argument.arguments.insert("x-delayed-exchange".into(), AMQPValue::Boolean(true));
+    let cases = [
+        (exchange("direct", Direct), "1", true),
+        (exchange("hash", ConsistentHash), "1", true),
+        (with_arguments("by-header", ConsistentHash, &[("hash-header", "h")]), "1", false),
+        (with_arguments("by-property", ConsistentHash, &[("hash-property", "message_id")]), "1", false),
+        (exchange("modulus", ModulusHash), "1", true),
+        (exchange("random", Random), "1", false),
+        (exchange("local", LocalRandom), "", false),
+        (exchange("history", RecentHistory), "1", false),
+        (exchange("jms", JmsTopic), "1", false),
+        (with_arguments("delayed-direct", Delayed, &[("x-delayed-type", "direct")]), "1", false),
+        (by_argument, "1", false),
+    ];
+    let mut topology = topology();
+    topology.add_queue("q".into(), "q");
+    topology.declare_exchange(exchange("before", Fanout)).unwrap();
+    let mut out = RouteResult::default();
+    for (new, key, expected) in cases {
+        let name = new.name.clone();
+        topology.declare_exchange(new).unwrap();
+        let mut to = to_queue(&name, "q", key);
+        to.arguments.insert("rjms_erlang_selector".into(), AMQPValue::LongString("true.".into()));
+        topology.bind(to).unwrap();
+        topology.bind(to_exchange("before", &name, "")).unwrap();
+        for from in [&*name, "before"] {
+            topology.route(from, &[b"1"], &Attributes::none(), &mut out).unwrap();
+            assert_eq!((out.queues.as_slice(), out.cacheable), (&["q"][..], expected), "{name} from {from}");
+        }
+        topology.unbind(&to_exchange("before", &name, ""));
+    }
+}
+
+#[test]
+fn arguments_of_the_type_are_checked_last_and_only_for_new_exchanges() {
+    let mut topology = topology_in_use();
+    let hash = |name| with_arguments(name, ExchangeKind::ConsistentHash, &[("hash-property", "nonsense")]);
+    let mut bad_alternate = hash("new");
+    bad_alternate.arguments.insert(ALTERNATE_EXCHANGE.into(), AMQPValue::LongInt(1));
+    assert_eq!(topology.check_declare(&hash("new")), Ok(Declared::Created), "the session checks permissions first");
+    let refusals = [
+        (
+            topology.declare_exchange(bad_alternate).unwrap_err(),
+            406,
+            "invalid type 'signedint' for arg 'alternate-exchange' in exchange 'new' in vhost '/'",
+        ),
+        (topology.declare_exchange(hash("new")).unwrap_err(), 406, "Unsupported property: nonsense"),
+    ];
+    check_refusals(&topology, refusals);
+    topology.declare_exchange(exchange("y", ExchangeKind::ConsistentHash)).unwrap();
+    assert_eq!(topology.declare_exchange(hash("y")), Ok(Declared::Existed));
+}
+
+#[test]
+fn bindings_are_checked_by_the_type_that_routes() {
+    let mut topology = topology_in_use();
+    topology
+        .declare_exchange(with_arguments("d", ExchangeKind::Delayed, &[("x-delayed-type", "x-consistent-hash")]))
+        .unwrap();
+    let text = topology.bind(to_queue("d", "q", "k")).unwrap_err().to_string();
+    assert_eq!(text, "The binding key must be an integer: <<\"k\">>");
+    topology.bind(to_queue("d", "q", "1")).unwrap();
+    topology.declare_exchange(exchange("l", ExchangeKind::LocalRandom)).unwrap();
+    assert_eq!(topology.check_queue_type("l", QueueType::Classic), Ok(()));
+    let error = topology.check_queue_type("l", QueueType::Quorum).unwrap_err();
+    let text = "Queue type rabbit_quorum_queue not valid for this exchange type";
+    assert_eq!((error.code(), error.to_string().as_str()), (406, text));
+    assert_eq!(topology.check_queue_type("x", QueueType::Quorum), Ok(()));
+    assert_eq!(topology.check_queue_type("missing", QueueType::Quorum), Ok(()));
+}
+
 #[test]
 fn an_auto_delete_exchange_goes_with_its_last_source_binding() {
     let mut topology = topology();

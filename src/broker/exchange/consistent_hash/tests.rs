@@ -101,7 +101,7 @@ fn rabbitmqs_arguments_win_over_lavinmqs() {
     let input = |entries: &[(&str, AMQPValue)]| HashInput::of(&arguments(entries));
     let on = ("x-hash-on", text("other"));
     assert_eq!(input(&[]), HashInput::RoutingKey);
-    assert_eq!(input(&[on.clone()]), HashInput::Header("other".into()));
+    assert_eq!(input(std::slice::from_ref(&on)), HashInput::Header("other".into()));
     assert_eq!(input(&[("hash-header", text("h")), on.clone()]), HashInput::Header("h".into()));
     assert_eq!(input(&[("hash-property", text("timestamp")), on]), HashInput::Property(Property::Timestamp));
     assert_eq!(input(&[("x-hash-on", AMQPValue::LongInt(1))]), HashInput::RoutingKey);

@@ -226,7 +226,7 @@ mod tests {
         for (text, integer) in [("0", 0), ("42.", 42), ("-5 .", -5), ("+ 100", 100), (" - 7", -7)] {
             assert_eq!(read(text), Ok(Term::Integer(integer)), "{text}");
         }
-        for (text, float) in [("3.14.", 3.14), ("-1.5", -1.5), ("3.0e-2.", 0.03), ("1.0E+3", 1000.0)] {
+        for (text, float) in [("3.25.", 3.25), ("-1.5", -1.5), ("3.0e-2.", 0.03), ("1.0E+3", 1000.0)] {
             assert_eq!(read(text), Ok(Term::Float(float)), "{text}");
         }
         assert_eq!(read("true"), Ok(Term::Atom("true")));

@@ -30,6 +30,8 @@ impl Port for Counter {
     fn consumer_cancelled(&self, _: Address) {}
 
     fn consumer_timed_out(&self, _: Address) {}
+
+    fn get_timed_out(&self, _: Address) {}
 }
 
 fn resident_mib() -> u64 {

@@ -92,6 +92,8 @@ impl Port for Client {
     fn consumer_cancelled(&self, _: Address) {}
 
     fn consumer_timed_out(&self, _: Address) {}
+
+    fn get_timed_out(&self, _: Address) {}
 }
 
 /// Polls until `is_so`; gives up after a long time.
