@@ -248,7 +248,7 @@ def test_inner_type_routes_by_key(inner, binding, key, other, client, exchange, 
     receive_at_once(client, b"at once")
 
 
-def test_inner_headers_exchange_sees_the_negated_header(client, exchange, consumed):
+def test_inner_headers_exchange_routes_by_the_other_headers(client, exchange, consumed):
     declared = exchange("headers")
     # A headers exchange of the plain modes passes over names with x-.
     consumed(declared, arguments={"kind": "a"})

@@ -416,11 +416,12 @@ def test_local_random_does_not_lead_to_exchanges(key, text, client, exchange):
     expect_channel_close(client, 406, text, "exchange.bind")
 
 
-def test_local_random_takes_classic_queues_only(client, exchange, name):
+@pytest.mark.parametrize("queue_type", ["quorum", "stream"])
+def test_local_random_takes_classic_queues_only(queue_type, client, exchange, name):
     declared, queue = exchange("x-local-random"), name()
-    client.do(1, "queue.declare", queue=queue, durable=True, arguments={"x-queue-type": "quorum"})
+    client.do(1, "queue.declare", queue=queue, durable=True, arguments={"x-queue-type": queue_type})
     client.send_method(1, "queue.bind", queue=queue, exchange=declared)
-    text = "Queue type rabbit_quorum_queue not valid for this exchange type"
+    text = f"Queue type rabbit_{queue_type}_queue not valid for this exchange type"
     expect_channel_close(client, 406, text, "queue.bind")
 
 
