@@ -25,4 +25,5 @@ mod queue;
 mod reply_to;
 mod routing;
 mod settle;
+mod streams;
 mod tx;
