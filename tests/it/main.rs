@@ -26,4 +26,5 @@ mod queue;
 mod reply_to;
 mod routing;
 mod settle;
+mod streams;
 mod tx;

@@ -25,6 +25,7 @@ use crate::model::{
 };
 
 const QUEUE_TYPE: &str = "x-queue-type";
+const MAX_AGE: &str = "x-max-age";
 const SEGMENT_SIZE: &str = "x-stream-max-segment-size-bytes";
 const FILTER_SIZE: &str = "x-stream-filter-size-bytes";
 
@@ -186,7 +187,21 @@ pub fn check_equivalent(current: &QueueOptions, new: &QueueOptions) -> Result<()
     check_flag(&resource, "durable", current.durable, new.durable).map_err(inequivalent)?;
     check_flag(&resource, "auto_delete", current.auto_delete, new.auto_delete).map_err(inequivalent)?;
     for key in table::known_to(QueueType::of(&current.arguments)) {
-        check_argument(&resource, key, &current.arguments, &new.arguments).map_err(inequivalent)?;
+        match key {
+            MAX_AGE => check_argument(&resource, key, &age_in_ms(&current.arguments), &age_in_ms(&new.arguments)),
+            _ => check_argument(&resource, key, &current.arguments, &new.arguments),
+        }
+        .map_err(inequivalent)?;
     }
     Ok(())
+}
+
+/// The age limit alone, as RabbitMQ compares and shows it: in milliseconds, whatever its unit was.
+fn age_in_ms(arguments: &FieldTable) -> FieldTable {
+    let mut age = FieldTable::default();
+    if let Some(value) = lookup(arguments, MAX_AGE) {
+        let ms = as_longstr(value).and_then(max_age_ms).map(|ms| AMQPValue::LongString(ms.to_string().into()));
+        age.insert(MAX_AGE.into(), ms.unwrap_or_else(|| value.clone()));
+    }
+    age
 }

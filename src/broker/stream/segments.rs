@@ -98,10 +98,10 @@ impl Segments {
         self.list.front().map(|segment| segment.first_unix_ms).filter(|&unix_ms| unix_ms > 0)
     }
 
-    /// Counts a run of records that ends the stream.
+    /// Counts records that end the stream.
     #[inline]
     pub fn appended(&mut self, bytes: u64, body_bytes: u64, now_unix_ms: u64) {
-        let Some(open) = self.list.back_mut() else { return };
+        let Some(open) = self.list.back_mut().filter(|_| bytes > 0) else { return };
         if open.bytes == 0 {
             open.first_unix_ms = now_unix_ms;
         }
@@ -113,17 +113,17 @@ impl Segments {
         self.body_bytes += body_bytes;
     }
 
-    /// Begins a new segment at `tail` if the open one is complete; answers whether it did.
+    /// Bytes the open segment has room for; 0 when it is complete.
     #[inline]
-    pub fn roll(&mut self, tail: u64, rules: &StreamRules) -> bool {
-        let limit = rules.segment_bytes.unwrap_or(DEFAULT_SEGMENT_BYTES).max(self.bytes / MAX_SEGMENTS);
-        let Some(open) = self.list.back() else { return false };
-        if open.bytes < limit.max(1) {
-            return false;
-        }
-        let last_unix_ms = open.last_unix_ms;
+    pub fn room(&self, rules: &StreamRules) -> u64 {
+        let limit = rules.segment_bytes.unwrap_or(DEFAULT_SEGMENT_BYTES).max(self.bytes / MAX_SEGMENTS).max(1);
+        limit.saturating_sub(self.list.back().map_or(0, |open| open.bytes))
+    }
+
+    /// Begins a new segment at `tail`.
+    pub fn roll(&mut self, tail: u64) {
+        let last_unix_ms = self.last_unix_ms();
         self.list.push_back(Segment { first: tail, first_unix_ms: last_unix_ms, last_unix_ms, ..Segment::default() });
-        true
     }
 
     /// Drops whole segments from the start that are too old or too many, never the open one. Answers the bytes dropped.
@@ -207,7 +207,9 @@ mod tests {
         let rules = StreamRules { segment_bytes: Some(segment_bytes), ..StreamRules::default() };
         let mut segments = Segments::new(0);
         for (tail, &unix_ms) in times.iter().enumerate() {
-            segments.roll(tail as u64, &rules);
+            if segments.room(&rules) == 0 {
+                segments.roll(tail as u64);
+            }
             segments.appended(100, 40, unix_ms);
         }
         (segments, rules)
@@ -263,9 +265,12 @@ mod tests {
 
     #[test]
     fn tiny_segments_grow_with_the_stream() {
-        let (mut segments, rules) = (Segments::new(0), StreamRules { segment_bytes: Some(1), ..StreamRules::default() });
+        let (mut segments, rules) =
+            (Segments::new(0), StreamRules { segment_bytes: Some(1), ..StreamRules::default() });
         for tail in 0..50_000 {
-            segments.roll(tail, &rules);
+            if segments.room(&rules) == 0 {
+                segments.roll(tail);
+            }
             segments.appended(100, 0, tail);
         }
         assert!(segments.len() < 3 * MAX_SEGMENTS as usize, "{}", segments.len());

@@ -38,7 +38,11 @@ struct Load {
 pub(super) enum Begin {
     Now,
     /// Its offset has to be looked for: the first record from the time on, within these offsets.
-    Seek { unix_ms: u64, from: u64, until: u64 },
+    Seek {
+        unix_ms: u64,
+        from: u64,
+        until: u64,
+    },
 }
 
 /// How a turn ended.
@@ -113,7 +117,13 @@ impl State {
     }
 
     /// Takes over what the store knows.
-    pub fn opened(&mut self, record: QueueStateRecord, segments: Segments, offsets: Offsets, budget: Arc<MemoryBudget>) {
+    pub fn opened(
+        &mut self,
+        record: QueueStateRecord,
+        segments: Segments,
+        offsets: Offsets,
+        budget: Arc<MemoryBudget>,
+    ) {
         self.tail = Tail::new(record.tail.max(record.head), budget);
         self.written_to = self.tail.end();
         self.committed_to = self.tail.end();
@@ -146,16 +156,20 @@ impl State {
         Counts { ready, ready_bytes, consumers: self.readers.len() as u64, ..Counts::default() }
     }
 
-    /// Appends a run of messages, in a new segment if the last one is complete.
+    /// Appends a run of messages; a new segment begins where the last one is complete.
     pub fn append(&mut self, messages: &[Message<'_>], now_unix_ms: u64) {
         // Time stands still rather than going back: readers look for offsets by time.
         let now = now_unix_ms.max(self.segments.last_unix_ms());
-        if self.segments.roll(self.tail.end(), &self.rules) {
-            self.retain(now);
-        }
         let expected_bytes = messages.iter().map(record::encoded_len).sum();
         let (mut bytes, mut body_bytes) = (0, 0);
+        let mut room = self.segments.room(&self.rules);
         for message in messages {
+            if bytes >= room {
+                self.segments.appended(std::mem::take(&mut bytes), std::mem::take(&mut body_bytes), now);
+                self.segments.roll(self.tail.end());
+                self.retain(now);
+                room = self.segments.room(&self.rules);
+            }
             // Whatever its delivery mode says, it stays; and nothing of what the broker notes means anything here.
             let message = Message { persistent: true, extension: &[], ..*message };
             self.tail.append(&message, now, expected_bytes);
@@ -334,9 +348,7 @@ impl State {
         let reader = self.readers.at_mut(index)?;
         let from = reader.next;
         let is_shared = reader.filter.is_none();
-        let joins = |load: &&Load| {
-            is_shared && load.is_shared && load.from <= from && from - load.from < JOIN_OFFSETS
-        };
+        let joins = |load: &&Load| is_shared && load.is_shared && load.from <= from && from - load.from < JOIN_OFFSETS;
         if let Some(load) = self.loads.iter().find(joins) {
             reader.waiting_for = Some(load.id);
             return None;
