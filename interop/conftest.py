@@ -39,10 +39,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "since(version, feature): the feature came to RabbitMQ with this version; older ones are skipped",
     )
+    config.addinivalue_line("markers", "rabbitmq_only(difference): Leveret differs on purpose, in this")
 
 
 @pytest.fixture(autouse=True)
 def _skip_where_it_is_missing(request: pytest.FixtureRequest) -> None:
+    for marker in request.node.iter_markers("rabbitmq_only"):
+        if not request.getfixturevalue("server").is_rabbitmq:
+            pytest.skip(f"Leveret differs: {marker.args[0]}")
     for marker in request.node.iter_markers("since"):
         version, feature = marker.args
         server = request.getfixturevalue("server")

@@ -115,6 +115,7 @@ def test_messages_that_overflow_move_in_order(queue_type, channel, mortal, dead)
     assert drain(channel, queue) == numbers(20)[18:]
 
 
+@pytest.mark.rabbitmq_only("expired messages leave wherever they stand")
 def test_expired_message_behind_the_head_moves_once_it_gets_there(queue_type, channel, mortal, dead):
     queue = mortal(queue_type=queue_type)
     publish(channel, queue, "lives")

@@ -143,12 +143,25 @@ def test_mandatory_message_that_expires_is_not_returned(client, declare):
 # ---- At the head of the queue
 
 
+@pytest.mark.rabbitmq_only("expired messages leave wherever they stand")
 def test_expired_message_stays_behind_one_that_lives(queue_type, channel, declare):
     queue = declare(queue_type=queue_type)
     publish(channel, queue, "lives")
     publish(channel, queue, "expires", expiration="100")
     pass_by(100)
     expect_counts(channel, queue, messages=2, consumers=0)
+
+
+def test_expired_message_behind_one_that_lives_leaves_leveret(queue_type, channel, declare, server):
+    if server.is_rabbitmq:
+        pytest.skip("RabbitMQ looks at the head only")
+    queue = declare(queue_type=queue_type)
+    publish(channel, queue, "lives")
+    publish(channel, queue, "expires", expiration="100")
+    publish(channel, queue, "lives as well")
+    expect_counts(channel, queue, messages=2, consumers=0)
+    bodies = [get_one(channel, queue, auto_ack=True).body for _ in range(2)]
+    assert bodies == [b"lives", b"lives as well"]
 
 
 def test_expired_message_goes_once_it_is_at_the_head(queue_type, channel, declare):
@@ -180,6 +193,7 @@ def test_expired_message_is_never_delivered_to_a_consumer(queue_type, connection
     assert deliveries.wait_for(2).stay_at(2, during=0.2).bodies == [b"lives", b"lives on"]
 
 
+@pytest.mark.rabbitmq_only("expired messages leave wherever they stand")
 def test_purge_counts_expired_messages_behind_the_head(channel, declare):
     queue = declare()
     publish(channel, queue, "lives")
@@ -339,6 +353,7 @@ def test_expiration_says_nothing_about_the_time_left(channel, declare):
     assert get_one(channel, queue).properties.expiration == "50000"
 
 
+@pytest.mark.rabbitmq_only("expired messages leave wherever they stand")
 def test_message_count_of_get_includes_the_expired_behind_the_head(client, declare):
     queue = declare()
     for expiration in (None, None, "100"):

@@ -353,6 +353,7 @@ def test_queue_mode_is_not_checked(declarer, server):
         queue.accepts("x-queue-mode", "hasty")
 
 
+@pytest.mark.rabbitmq_only("the argument is accepted, without effect")
 def test_master_locator_is_no_longer_permitted(client, name, server):
     if server.is_3x:
         pytest.skip("deprecated since RabbitMQ 4")

@@ -442,6 +442,7 @@ def test_expired_message_is_gone(queue_ttl, message_ttl, connection, channel, de
     assert get(channel, queue) is None
 
 
+@pytest.mark.rabbitmq_only("expired messages leave wherever they stand")
 def test_message_behind_one_that_lives_longer_does_not_expire_yet(connection, channel, queue):
     publish_confirmed(connection, queue, "long")
     publish_confirmed(connection, queue, "short", expiration="100")

@@ -78,12 +78,13 @@ impl QueueType {
 }
 
 /// Puts the type into the arguments of a declaration that leaves it open: `default` if the queue's properties suit it,
-/// else classic. `x-queue-type` counts as left open when it is missing, empty or `undefined`.
+/// else classic. `x-queue-type` counts as left open when it is missing, empty or `undefined`; where that means classic, an
+/// empty or `undefined` one stays as it is, as in RabbitMQ, and a redeclaration must repeat it.
 pub fn complete_queue_type(options: &mut QueueOptions, default: QueueType) {
-    let open = lookup(&options.arguments, QUEUE_TYPE)
-        .is_none_or(|value| matches!(as_longstr(value), Some(b"" | b"undefined")));
-    if open {
-        let queue_type = if default.suits(options) { default } else { QueueType::Classic };
+    let given = lookup(&options.arguments, QUEUE_TYPE);
+    let open = given.is_none_or(|value| matches!(as_longstr(value), Some(b"" | b"undefined")));
+    let queue_type = if default.suits(options) { default } else { QueueType::Classic };
+    if open && (given.is_none() || queue_type != QueueType::Classic) {
         options.arguments.insert(QUEUE_TYPE.into(), AMQPValue::LongString(queue_type.name().into()));
     }
 }
