@@ -220,6 +220,8 @@ impl QueueState {
 
     fn append_extended(&mut self, level: u8, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
         let mut extension = Extension::parse(message.extension);
+        // Who has no time at all may still be taken by a consumer that is ready now.
+        extension.expires_unix_ms = extension.expires_unix_ms.map(|expires| expires.max(now_unix_ms));
         let by_queue = self.rules.message_ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
         extension.expires_unix_ms = match (extension.expires_unix_ms, by_queue) {
             (Some(own), Some(queue)) => Some(own.min(queue)),
