@@ -83,6 +83,15 @@ impl Lanes {
         Some((&mut self.lanes[at], seq))
     }
 
+    /// The lane of level 0, if there is no other.
+    #[inline]
+    pub fn only(&mut self) -> Option<&mut Lane> {
+        match self.lanes.as_mut_slice() {
+            [lane] if lane.level == 0 => Some(lane),
+            _ => None,
+        }
+    }
+
     /// The highest lane with something ready.
     #[inline]
     pub fn first_ready(&mut self) -> Option<&mut Lane> {
