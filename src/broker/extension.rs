@@ -84,11 +84,11 @@ impl<'a> Extension<'a> {
         }
         let fixed_bytes = 1 + EXPIRES_BYTES + DELIVERIES_BYTES;
         let keys = if self.hidden_keys.len() + fixed_bytes <= MAX_BYTES { self.hidden_keys } else { &[] };
-        let bits = u8::from(self.expires_unix_ms.is_some()) * EXPIRES
-            | u8::from(self.died) * DIED
-            | u8::from(!keys.is_empty()) * KEYS
-            | u8::from(self.sole_key) * SOLE_KEY
-            | u8::from(self.deliveries > 0) * DELIVERIES;
+        let bits = (u8::from(self.expires_unix_ms.is_some()) * EXPIRES)
+            | (u8::from(self.died) * DIED)
+            | (u8::from(!keys.is_empty()) * KEYS)
+            | (u8::from(self.sole_key) * SOLE_KEY)
+            | (u8::from(self.deliveries > 0) * DELIVERIES);
         out.push(bits);
         if let Some(expires) = self.expires_unix_ms {
             let since = expires.saturating_sub(EPOCH_UNIX_MS).min(MAX_SINCE_MS);

@@ -132,7 +132,8 @@ fn deaths_a_client_made_up_are_no_deaths() {
 #[test]
 fn cycles_are_those_without_a_reject() {
     use DeathReason::{Expired, MaxLen, Rejected};
-    let cases: [(&[(&str, DeathReason)], &str, bool); 9] = [
+    type History<'a> = &'a [(&'a str, DeathReason)];
+    let cases: [(History<'_>, &str, bool); 9] = [
         (&[("a", Expired)], "a", true),
         (&[("a", Expired)], "b", false),
         (&[("a", Rejected)], "a", false),
