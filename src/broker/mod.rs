@@ -3,11 +3,12 @@
 mod alarm;
 pub mod arguments;
 pub mod binding;
-mod dead_letter;
+pub mod dead_letter;
 mod dead_lettering;
 mod definitions;
 pub mod delay;
-mod delivery_headers;
+pub mod delay_headers;
+pub mod delivery_headers;
 mod environment;
 mod error;
 pub mod exchange;
