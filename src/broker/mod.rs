@@ -5,6 +5,7 @@ pub mod arguments;
 pub mod binding;
 pub mod dead_letter;
 mod dead_lettering;
+pub mod deduplication;
 mod definitions;
 pub mod delay;
 pub mod delay_headers;
