@@ -19,6 +19,7 @@ mod message;
 pub mod policy;
 mod port;
 mod queue;
+pub mod recent_history;
 mod reply;
 pub mod router;
 pub mod rules;
