@@ -31,7 +31,10 @@ enum Condition {
     /// One of the message's filter values.
     Value(Vec<u8>),
     /// A header of the message, compared as text.
-    Header { name: Vec<u8>, text: Vec<u8> },
+    Header {
+        name: Vec<u8>,
+        text: Vec<u8>,
+    },
     Area(Area),
 }
 
@@ -79,8 +82,7 @@ impl Filter {
         if count > MAX_FILTERS {
             return Err(refused(format!("x-stream-filter has {count} filters; at most {MAX_FILTERS} are allowed")));
         }
-        let match_unfiltered =
-            matches!(lookup(arguments, "x-stream-match-unfiltered"), Some(AMQPValue::Boolean(true)));
+        let match_unfiltered = matches!(lookup(arguments, "x-stream-match-unfiltered"), Some(AMQPValue::Boolean(true)));
         Ok((count > 0).then_some(Filter { rule, match_unfiltered }))
     }
 
@@ -401,10 +403,7 @@ mod tests {
             "x-filter-match-type must be 'any' or 'all'"
         );
         let pair = |name: &str, value| AMQPValue::FieldTable(table([(name, value)]));
-        assert_eq!(
-            error(of(pair("geo-bbox", text("x")))),
-            "Invalid value for filter geo-bbox: expected a table"
-        );
+        assert_eq!(error(of(pair("geo-bbox", text("x")))), "Invalid value for filter geo-bbox: expected a table");
         assert_eq!(
             error(of(pair("geo-bbox", AMQPValue::FieldTable(table([("min_lat", AMQPValue::LongInt(1))]))))),
             "Invalid value for filter geo-bbox: Missing hash key: \"min_lon\""

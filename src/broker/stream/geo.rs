@@ -39,9 +39,7 @@ impl Area {
             Area::Circle { lat: centre_lat, lon: centre_lon, radius_km } => {
                 distance_km((*centre_lat, *centre_lon), (lat, lon)) <= *radius_km
             }
-            Area::Box { lat: lats, lon: lons } => {
-                (lats.0..=lats.1).contains(&lat) && (lons.0..=lons.1).contains(&lon)
-            }
+            Area::Box { lat: lats, lon: lons } => (lats.0..=lats.1).contains(&lat) && (lons.0..=lons.1).contains(&lon),
             Area::Polygon(corners) => is_inside(corners, lat, lon),
         }
     }
@@ -160,9 +158,8 @@ mod tests {
 
     #[test]
     fn areas_that_cannot_be_are_refused() {
-        let pair = |lat: i32, lon: i32| {
-            AMQPValue::FieldArray(vec![AMQPValue::LongInt(lat), AMQPValue::LongInt(lon)].into())
-        };
+        let pair =
+            |lat: i32, lon: i32| AMQPValue::FieldArray(vec![AMQPValue::LongInt(lat), AMQPValue::LongInt(lon)].into());
         let points = |points: Vec<AMQPValue>| {
             let mut table = FieldTable::default();
             table.insert("points".into(), AMQPValue::FieldArray(points.into()));

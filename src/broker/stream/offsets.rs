@@ -35,11 +35,8 @@ impl Offsets {
         let Some((&NOTE_KIND, tag)) = key.split_first() else { return };
         let (Ok(tag), Some((next, rest))) = (std::str::from_utf8(tag), note.split_first_chunk()) else { return };
         let Some(stored) = rest.first_chunk() else { return };
-        let entry = Entry {
-            next: u64::from_le_bytes(*next),
-            stored_unix_ms: u64::from_le_bytes(*stored),
-            unwritten: false,
-        };
+        let entry =
+            Entry { next: u64::from_le_bytes(*next), stored_unix_ms: u64::from_le_bytes(*stored), unwritten: false };
         self.entries.insert(tag.into(), entry);
     }
 

@@ -263,7 +263,8 @@ mod tests {
 
     #[test]
     fn tiny_segments_grow_with_the_stream() {
-        let (mut segments, rules) = (Segments::new(0), StreamRules { segment_bytes: Some(1), ..StreamRules::default() });
+        let (mut segments, rules) =
+            (Segments::new(0), StreamRules { segment_bytes: Some(1), ..StreamRules::default() });
         for tail in 0..50_000 {
             segments.roll(tail, &rules);
             segments.appended(100, 0, tail);

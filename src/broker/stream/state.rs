@@ -38,7 +38,11 @@ struct Load {
 pub(super) enum Begin {
     Now,
     /// Its offset has to be looked for: the first record from the time on, within these offsets.
-    Seek { unix_ms: u64, from: u64, until: u64 },
+    Seek {
+        unix_ms: u64,
+        from: u64,
+        until: u64,
+    },
 }
 
 /// How a turn ended.
@@ -113,7 +117,13 @@ impl State {
     }
 
     /// Takes over what the store knows.
-    pub fn opened(&mut self, record: QueueStateRecord, segments: Segments, offsets: Offsets, budget: Arc<MemoryBudget>) {
+    pub fn opened(
+        &mut self,
+        record: QueueStateRecord,
+        segments: Segments,
+        offsets: Offsets,
+        budget: Arc<MemoryBudget>,
+    ) {
         self.tail = Tail::new(record.tail.max(record.head), budget);
         self.written_to = self.tail.end();
         self.committed_to = self.tail.end();
@@ -334,9 +344,7 @@ impl State {
         let reader = self.readers.at_mut(index)?;
         let from = reader.next;
         let is_shared = reader.filter.is_none();
-        let joins = |load: &&Load| {
-            is_shared && load.is_shared && load.from <= from && from - load.from < JOIN_OFFSETS
-        };
+        let joins = |load: &&Load| is_shared && load.is_shared && load.from <= from && from - load.from < JOIN_OFFSETS;
         if let Some(load) = self.loads.iter().find(joins) {
             reader.waiting_for = Some(load.id);
             return None;

@@ -107,7 +107,11 @@ fn five_million_messages_and_a_hundred_readers() {
     let readers: Vec<_> =
         (0..100).map(|index| start(&world, 1_000, AMQPValue::LongInt(index * 49_000), None)).collect();
     readers.iter().for_each(|(_, client)| wait(client, 1_000));
-    println!("100 readers in 100 places: {} MiB more, {} bytes in the budget", resident_mib() - before, world.budget.used_bytes());
+    println!(
+        "100 readers in 100 places: {} MiB more, {} bytes in the budget",
+        resident_mib() - before,
+        world.budget.used_bytes()
+    );
     readers.iter().for_each(|(id, _)| world.stream.cancel(*id));
 
     let began = Instant::now();
@@ -124,7 +128,11 @@ fn five_million_messages_and_a_hundred_readers() {
     for (index, (_, client)) in readers.iter().enumerate() {
         wait(client, 400_000 - index as u64 * 3_000);
     }
-    println!("100 readers: {:.0} messages/s in all, {} MiB resident", total as f64 / began.elapsed().as_secs_f64(), resident_mib());
+    println!(
+        "100 readers: {:.0} messages/s in all, {} MiB resident",
+        total as f64 / began.elapsed().as_secs_f64(),
+        resident_mib()
+    );
 
     let began = Instant::now();
     let before: u64 = readers.iter().map(|(_, client)| client.count.load(Ordering::Relaxed)).sum();
@@ -146,7 +154,8 @@ fn five_million_messages_and_a_hundred_readers() {
     let began = Instant::now();
     let (_, client) = start(&world, 0, text("first"), Some("nothing"));
     let (_, end) = start(&world, 0, offset(text("next"))[0].1.clone(), None);
-    let done = || world.stream.state.lock().readers.iter().any(|reader| reader.filter.is_some() && reader.next >= MESSAGES);
+    let done =
+        || world.stream.state.lock().readers.iter().any(|reader| reader.filter.is_some() && reader.next >= MESSAGES);
     eventually(done, || "the filter's end".into());
     println!("a filter that matches nothing: {:.0} messages/s", MESSAGES as f64 / began.elapsed().as_secs_f64());
     assert_eq!((client.count.load(Ordering::Relaxed), end.count.load(Ordering::Relaxed)), (0, 0));

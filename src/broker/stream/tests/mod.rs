@@ -190,7 +190,12 @@ impl World {
     }
 
     /// Starts a reader with these arguments.
-    fn read<const N: usize>(&self, tag: &str, prefetch: u16, arguments: [(&str, AMQPValue); N]) -> (ConsumerId, Arc<Client>) {
+    fn read<const N: usize>(
+        &self,
+        tag: &str,
+        prefetch: u16,
+        arguments: [(&str, AMQPValue); N],
+    ) -> (ConsumerId, Arc<Client>) {
         let client = Arc::<Client>::default();
         let id = self.read_with(&client, tag, prefetch, arguments);
         (id, client)

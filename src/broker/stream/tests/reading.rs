@@ -98,9 +98,7 @@ fn many_readers_read_everything_without_the_stream_in_memory() {
     }
     let quiet = world.budget.used_bytes();
     assert!(quiet < 4 * CHUNK_BYTES, "{quiet} bytes");
-    let readers: Vec<_> = (0..20)
-        .map(|index| world.read("", 0, offset(AMQPValue::LongInt(index * 997))))
-        .collect();
+    let readers: Vec<_> = (0..20).map(|index| world.read("", 0, offset(AMQPValue::LongInt(index * 997)))).collect();
     let mut most = 0;
     for (index, (_, client)) in readers.iter().enumerate() {
         let first = index as u64 * 997;
@@ -171,8 +169,7 @@ fn filters_let_through_what_matches_from_disk_and_from_memory() {
     let rare = || ("x-stream-filter", text("rare"));
     let first = || ("x-stream-offset", text("first"));
     let (_, client) = world.read("", 100, [first(), rare()]);
-    let (_, unfiltered) =
-        world.read("", 0, [first(), rare(), ("x-stream-match-unfiltered", AMQPValue::Boolean(true))]);
+    let (_, unfiltered) = world.read("", 0, [first(), rare(), ("x-stream-match-unfiltered", AMQPValue::Boolean(true))]);
     let expected: Vec<u64> = (0..45).map(|round| round * 1000 + 999).collect();
     assert_eq!(client.wait_for(40), expected[..40]);
     publish(&mut world, 5);

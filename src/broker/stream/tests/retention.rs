@@ -8,7 +8,8 @@ const SMALL: StreamRules = StreamRules { max_age_ms: None, max_bytes: Some(200_0
 /// What the store still has.
 fn stored(world: &World) -> Vec<u64> {
     let mut offsets = Vec::new();
-    let read = world.store.read_records(world.stream.id, 0, u64::MAX, usize::MAX, &mut |offset, _| offsets.push(offset));
+    let read =
+        world.store.read_records(world.stream.id, 0, u64::MAX, usize::MAX, &mut |offset, _| offsets.push(offset));
     read.expect("a readable log");
     offsets
 }
@@ -76,7 +77,8 @@ fn new_rules_count_at_once() {
 
 #[test]
 fn large_dropped_messages_give_their_space_back_before_their_segment_is_whole() {
-    let mut world = World::new(StreamRules { max_bytes: Some(4 << 20), segment_bytes: Some(1 << 20), max_age_ms: None });
+    let mut world =
+        World::new(StreamRules { max_bytes: Some(4 << 20), segment_bytes: Some(1 << 20), max_age_ms: None });
     for _ in 0..60 {
         world.publish(1, 1 << 20);
     }
