@@ -1,7 +1,8 @@
 //! Definitions as the store keeps them: one record each, with a version octet in front.
 //!
-//! Keys begin with the kind (`v` vhost, `x` exchange, `q` queue, `b` binding, `p` policy, `o` operator policy) and hold
-//! what identifies the thing; values hold the rest. Strings and tables carry their length as `u32`, big-endian; tables are
+//! Keys begin with the kind (`v` vhost, `x` exchange, `q` queue, `b` binding, `p` policy, `o` operator policy, `l` leftover)
+//! and hold what identifies the thing; values hold the rest. A leftover is the id of a transient owner for which the store
+//! keeps something, to be deleted at the next start. Strings and tables carry their length as `u32`, big-endian; tables are
 //! in AMQP's own encoding, policies in JSON.
 
 use amq_protocol::{
@@ -18,15 +19,34 @@ use super::{
 use crate::{model::Name, store::QueueId};
 
 const VERSION: u8 = 1;
+/// Of an exchange with state, whose value ends with the id of that.
+const STATEFUL_VERSION: u8 = 2;
 
 /// A definition read back. What was stored is durable: a bit that says otherwise is damage.
 #[derive(Debug)]
 pub enum Definition {
     Vhost(Name),
-    Exchange { vhost: Name, exchange: Exchange },
-    Queue { id: QueueId, options: QueueOptions },
-    Binding { vhost: Name, binding: Binding },
-    Policy { vhost: Name, policy: Policy },
+    /// With the owner of its state, if it is known.
+    Exchange {
+        vhost: Name,
+        exchange: Exchange,
+        state: Option<QueueId>,
+    },
+    Queue {
+        id: QueueId,
+        options: QueueOptions,
+    },
+    Binding {
+        vhost: Name,
+        binding: Binding,
+    },
+    Policy {
+        vhost: Name,
+        policy: Policy,
+    },
+    Leftover {
+        owner: QueueId,
+    },
 }
 
 /// A definition that cannot be read: damaged, or written by a later version.
@@ -73,6 +93,10 @@ impl<'a> Reader<'a> {
         }
     }
 
+    fn id(&mut self) -> Result<QueueId, Undecodable> {
+        self.bytes()?.try_into().map(|id| QueueId(u64::from_be_bytes(id))).map_err(|_| Undecodable)
+    }
+
     fn bytes(&mut self) -> Result<&'a [u8], Undecodable> {
         let (len, rest) = self.0.split_first_chunk::<4>().ok_or(Undecodable)?;
         let (bytes, rest) = rest.split_at_checked(u32::from_be_bytes(*len) as usize).ok_or(Undecodable)?;
@@ -110,10 +134,20 @@ pub fn exchange_key(vhost: &str, name: &str) -> Vec<u8> {
     Writer::key(b'x').bytes(vhost.as_bytes()).bytes(name.as_bytes()).0
 }
 
-/// Value of an exchange.
-pub fn exchange_value(exchange: &Exchange) -> Vec<u8> {
+/// Value of an exchange, with the owner of its state if it has any.
+pub fn exchange_value(exchange: &Exchange, state: Option<QueueId>) -> Vec<u8> {
     let bits = flags([exchange.durable, exchange.auto_delete, exchange.internal]);
-    Writer::value().octet(bits).bytes(exchange.kind.as_str().as_bytes()).table(&exchange.arguments).0
+    let version = if state.is_some() { STATEFUL_VERSION } else { VERSION };
+    let value = Writer::key(version).octet(bits).bytes(exchange.kind.as_str().as_bytes()).table(&exchange.arguments);
+    match state {
+        Some(id) => value.bytes(&id.0.to_be_bytes()).0,
+        None => value.0,
+    }
+}
+
+/// Key and value of a leftover.
+pub fn leftover(owner: QueueId) -> (Vec<u8>, Vec<u8>) {
+    (Writer::key(b'l').bytes(&owner.0.to_be_bytes()).0, Writer::value().0)
 }
 
 /// Key of a queue.
@@ -169,25 +203,24 @@ pub fn policy_value(policy: &Policy) -> Vec<u8> {
 pub fn decode(key: &[u8], value: &[u8]) -> Result<Definition, Undecodable> {
     let (&kind, rest) = key.split_first().ok_or(Undecodable)?;
     let mut key = Reader(rest);
-    let mut value = Reader::value(value)?;
+    if kind == b'l' {
+        return Ok(Definition::Leftover { owner: key.id()? });
+    }
     let vhost = key.name()?;
+    if kind == b'x' {
+        return decode_exchange(vhost, key.name()?, value);
+    }
+    let mut value = Reader::value(value)?;
     match kind {
         b'v' => Ok(Definition::Vhost(vhost)),
-        b'x' => {
-            let name = key.name()?;
-            let bits = value.octet()?;
-            let kind = ExchangeKind::parse(&value.name()?).map_err(|_| Undecodable)?;
-            let options = ExchangeOptions { durable: true, auto_delete: bits & 2 != 0, internal: bits & 4 != 0 };
-            Ok(Definition::Exchange { vhost, exchange: Exchange::new(name, kind, options, value.table()?) })
-        }
         b'q' => {
             let name = key.name()?;
             let bits = value.octet()?;
-            let id = value.bytes()?.try_into().map(u64::from_be_bytes).map_err(|_| Undecodable)?;
+            let id = value.id()?;
             let arguments = value.table()?;
             let options =
                 QueueOptions { name, vhost, durable: true, auto_delete: bits & 2 != 0, exclusive_to: None, arguments };
-            Ok(Definition::Queue { id: QueueId(id), options })
+            Ok(Definition::Queue { id, options })
         }
         b'b' => {
             let source = key.name()?;
@@ -204,6 +237,19 @@ pub fn decode(key: &[u8], value: &[u8]) -> Result<Definition, Undecodable> {
         b'o' => decode_policy(vhost, PolicyKind::Operator, &key.name()?, value.bytes()?),
         _ => Err(Undecodable),
     }
+}
+
+fn decode_exchange(vhost: Name, name: Name, value: &[u8]) -> Result<Definition, Undecodable> {
+    let (version, mut value) = match value.split_first() {
+        Some((&version @ (VERSION | STATEFUL_VERSION), rest)) => (version, Reader(rest)),
+        _ => return Err(Undecodable),
+    };
+    let bits = value.octet()?;
+    let kind = ExchangeKind::parse(&value.name()?).map_err(|_| Undecodable)?;
+    let options = ExchangeOptions { durable: true, auto_delete: bits & 2 != 0, internal: bits & 4 != 0 };
+    let exchange = Exchange::new(name, kind, options, value.table()?);
+    let state = if version == STATEFUL_VERSION { Some(value.id()?) } else { None };
+    Ok(Definition::Exchange { vhost, exchange, state })
 }
 
 fn decode_policy(vhost: Name, kind: PolicyKind, name: &str, json: &[u8]) -> Result<Definition, Undecodable> {
@@ -294,9 +340,12 @@ mod tests {
             Delayed,
         ] {
             let exchange = Exchange::new("x".into(), kind, options, arguments.clone());
-            let decoded = decode(&exchange_key("/", "x"), &exchange_value(&exchange));
-            let Ok(Definition::Exchange { exchange: read, .. }) = decoded else { panic!("not an exchange") };
-            assert_eq!(read, exchange);
+            let stateful = exchange.observes_messages().then_some(QueueId(1 << 40));
+            let decoded = decode(&exchange_key("/", "x"), &exchange_value(&exchange, stateful));
+            let Ok(Definition::Exchange { exchange: read, state, .. }) = decoded else { panic!("not an exchange") };
+            assert_eq!((&read, state), (&exchange, stateful));
+            let before = decode(&exchange_key("/", "x"), &exchange_value(&exchange, None));
+            assert!(matches!(before, Ok(Definition::Exchange { state: None, .. })));
             let (routing, length) = match kind {
                 Delayed | RecentHistory => (RecentHistory, Some(7)),
                 other => (other, None),

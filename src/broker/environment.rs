@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Weak};
 
-use super::{Broker, memory::MemoryBudget, port::Effects, timers::Timers};
-use crate::store::Store;
+use super::{Broker, definitions, memory::MemoryBudget, port::Effects, timers::Timers};
+use crate::store::{QueueId, Store};
 
 /// Store, memory budget and timers of a broker, and the broker itself for what a queue cannot do alone.
 pub struct Environment {
@@ -17,6 +17,22 @@ impl Environment {
     /// An environment; without a broker (in tests), dead letters go nowhere.
     pub fn new(store: Arc<Store>, budget: Arc<MemoryBudget>, broker: Weak<Broker>) -> Arc<Self> {
         Arc::new(Environment { store, budget, timers: Timers::default(), broker })
+    }
+
+    /// Has what the store keeps for a transient owner deleted at the next start, if it is still there then.
+    pub fn note_leftover(&self, owner: QueueId) {
+        let (key, value) = definitions::leftover(owner);
+        self.store.put_definition(key, value);
+    }
+
+    /// Takes [`Environment::note_leftover`] back, once what was kept is deleted.
+    pub fn forget_leftover(&self, owner: QueueId) {
+        self.store.delete_definition(definitions::leftover(owner).0);
+    }
+
+    /// The broker, while there is one.
+    pub fn broker(&self) -> Option<Arc<Broker>> {
+        self.broker.upgrade()
     }
 
     /// Does what queues asked for while they were locked. Nothing is locked by the caller.

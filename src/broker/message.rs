@@ -3,7 +3,10 @@
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-use super::{extension::Extension, queue::SHARED_BODY_BYTES};
+use super::{
+    extension::{Extension, ExtensionBytes},
+    queue::SHARED_BODY_BYTES,
+};
 use crate::model::properties::{Properties, raw_elements, raw_entry};
 
 /// The bytes of a body: next to the rest of the message, or a large one that is shared instead of copied.
@@ -75,6 +78,14 @@ impl<'a> Message<'a> {
         }
         keys.extend(extension.keys());
         keys
+    }
+
+    /// The extension as if the message were published now: its own `expiration` begins anew, that of a queue is forgotten.
+    pub fn extension_anew(&self, now_unix_ms: u64) -> ExtensionBytes {
+        let own = Properties::parse(self.properties).ok().and_then(|view| view.expiration());
+        let ttl_ms = own.and_then(|text| std::str::from_utf8(text).ok()?.parse::<u64>().ok());
+        let expires_unix_ms = ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
+        Extension { expires_unix_ms, ..Extension::parse(self.extension) }.encode()
     }
 }
 

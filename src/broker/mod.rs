@@ -13,6 +13,7 @@ pub mod delivery_headers;
 mod environment;
 mod error;
 pub mod exchange;
+mod exchange_state;
 pub mod extension;
 mod memory;
 mod message;
@@ -47,12 +48,13 @@ pub use self::{
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
     stream::ReaderOptions,
-    vhost::{DeclaredQueue, PolicyError, QueueSettings, Route, Vhost},
+    vhost::{Arrival, DeclaredQueue, DelayedIn, PolicyError, Published, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
 
 use self::{
     definitions::Definition,
+    delay::{DelayId, Delayed},
     environment::Environment,
     policy::{Policy, PolicyKind},
 };
@@ -141,17 +143,21 @@ impl Broker {
                 }
                 // Before everything they apply to.
                 Ok(Definition::Policy { vhost, policy }) => self.vhost_or_new(&vhost).restore_policy(policy),
-                Ok(Definition::Exchange { vhost, exchange }) => exchanges.push((vhost, exchange)),
+                Ok(Definition::Exchange { vhost, exchange, state }) => exchanges.push((vhost, exchange, state)),
                 Ok(Definition::Queue { id, options }) => queues.push((id, options)),
                 Ok(Definition::Binding { vhost, binding }) => bindings.push((vhost, binding)),
+                Ok(Definition::Leftover { owner }) => {
+                    self.store.delete_queue(owner);
+                    self.environment.forget_leftover(owner);
+                }
                 Err(error) => {
                     unreadable += 1;
                     tracing::error!(key = %key.escape_ascii(), %error, "definition skipped");
                 }
             }
         }
-        for (vhost, exchange) in exchanges {
-            self.vhost_or_new(&vhost).restore_exchange(exchange);
+        for (vhost, exchange, state) in exchanges {
+            self.vhost_or_new(&vhost).restore_exchange(exchange, state);
         }
         for (id, options) in queues {
             let vhost = self.vhost_or_new(&options.vhost);
@@ -233,6 +239,20 @@ impl Broker {
     /// Without such a vhost.
     pub fn policies(&self, vhost: &str, kind: PolicyKind) -> Result<Vec<Arc<Policy>>, PolicyError> {
         Ok(self.vhost_of_policy(vhost)?.policies(kind))
+    }
+
+    // Delayed messages
+
+    /// The first `limit` delayed messages of a queue or an exchange from `from` on, in the order in which they are due;
+    /// `None` without such a vhost, or if nothing of that name delays messages.
+    pub fn delayed(&self, vhost: &str, place: &DelayedIn, from: DelayId, limit: usize) -> Option<Vec<Delayed>> {
+        self.vhost(vhost)?.delayed(place, from, limit)
+    }
+
+    /// Removes a delayed message before it is due; answers the round in which that is on disk, or `None` if it does not
+    /// wait, or not any more.
+    pub fn cancel_delayed(&self, vhost: &str, place: &DelayedIn, id: DelayId) -> Option<Round> {
+        self.vhost(vhost)?.cancel_delayed(place, id)
     }
 
     fn vhost_of_policy(&self, name: &str) -> Result<Arc<Vhost>, PolicyError> {

@@ -107,6 +107,8 @@ struct ExchangeEntry {
     matcher: Matcher,
     /// Whether the next message with the same keys goes the same way and the exchange need not see it.
     cacheable: bool,
+    /// The exchange has to see every message, because it does more with them than routing.
+    observes: bool,
     /// Bindings of which it is the source.
     outgoing: BTreeSet<Slot>,
     /// Bindings of which it is the destination.
@@ -251,8 +253,10 @@ impl<T: Clone> Topology<T> {
         }
         let name = Arc::clone(&exchange.name);
         let matcher = Matcher::new(&exchange);
+        let observes = exchange.observes_messages();
         let slot = self.exchanges.insert(ExchangeEntry {
-            cacheable: matcher.is_cacheable() && !exchange.observes_messages(),
+            cacheable: matcher.is_cacheable() && !observes,
+            observes,
             matcher,
             exchange,
             outgoing: BTreeSet::new(),

@@ -4,6 +4,8 @@
 //! The topology lock comes before the lock of the policies, and that before every queue's lock. Publishing takes it for reading only when a channel's route cache
 //! misses; a change holds it for writing while it alters memory and hands the definition to the store, never for I/O.
 
+mod exchange_states;
+mod passage;
 mod policies;
 
 use std::sync::{
@@ -19,10 +21,10 @@ use super::{
     BrokerError,
     arguments::{self, QueueType},
     binding::{Binding, Destination},
-    dead_letter, definitions,
+    definitions,
     environment::Environment,
     exchange::{Attributes, Exchange},
-    message::Message,
+    exchange_state::ExchangeState,
     policy::{Policy, PolicySet},
     port::Effects,
     queue::{ConnectionId, Counts, DeletedQueue, Queue, QueueOptions},
@@ -30,10 +32,12 @@ use super::{
     rules::{QueueTraits, RuleDefaults},
 };
 use crate::{
-    model::{Name, ResourceName, is_reserved, properties::Properties},
+    model::{Name, ResourceName, is_reserved},
     store::{QueueId, QueueStateRecord, Round},
 };
 
+pub use exchange_states::DelayedIn;
+pub use passage::{Arrival, Published};
 pub use policies::PolicyError;
 
 /// What routing answers: the queues themselves.
@@ -45,6 +49,8 @@ pub struct Vhost {
     topology: RwLock<Topology<Arc<Queue>>>,
     /// Changed with the topology locked, so that no queue or exchange is declared in between.
     policies: RwLock<PolicySet>,
+    /// Of the few exchanges that have state. Changed with the topology locked for writing.
+    exchange_states: RwLock<AHashMap<Name, Arc<ExchangeState>>>,
     settings: QueueSettings,
     /// Moves with every change that could route a message elsewhere.
     epoch: AtomicU64,
@@ -89,6 +95,7 @@ impl Vhost {
         let vhost = Vhost {
             topology: RwLock::new(Topology::with_predeclared(name.clone())),
             policies: RwLock::new(PolicySet::configured(configured)),
+            exchange_states: RwLock::default(),
             settings,
             name,
             epoch: AtomicU64::new(1),
@@ -195,12 +202,14 @@ impl Vhost {
     /// Those of [`Vhost::check_declare_exchange`].
     pub fn declare_exchange(&self, new: Exchange) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
-        let definition =
-            new.durable.then(|| (definitions::exchange_key(&self.name, &new.name), definitions::exchange_value(&new)));
         let name = new.name.clone();
-        if topology.declare_exchange(new)? == Declared::Existed {
+        if topology.declare_exchange(new.clone())? == Declared::Existed {
             return Ok(self.last_definition.load(Ordering::Relaxed));
         }
+        let state = self.begin_state(&new);
+        let definition = new
+            .durable
+            .then(|| (definitions::exchange_key(&self.name, &name), definitions::exchange_value(&new, state)));
         self.apply_to_exchange(&mut topology, &name);
         self.changed();
         tracing::info!(vhost = %self.name, exchange = %name, "exchange declared");
@@ -236,6 +245,7 @@ impl Vhost {
             round = round.max(self.environment.store.delete_definition(definitions::binding_key(&self.name, binding)));
         }
         for exchange in &removed.exchanges {
+            round = round.max(self.end_state(&exchange.name));
             tracing::info!(vhost = %self.name, exchange = %exchange.name, "exchange deleted");
             if exchange.durable {
                 round = round.max(
@@ -248,11 +258,18 @@ impl Vhost {
 
     // Bindings
 
-    /// Makes a binding; answers when it is on disk.
+    /// Makes a binding; answers when it is on disk. The first one of its kind gets the source's recent history.
     ///
     /// # Errors
     /// As RabbitMQ's, in its order; 405 for a queue exclusive to another connection.
-    pub fn bind(&self, binding: Binding, connection: ConnectionId) -> Result<Round, BrokerError> {
+    pub fn bind(
+        &self,
+        binding: Binding,
+        connection: ConnectionId,
+        effects: &mut Effects,
+    ) -> Result<Round, BrokerError> {
+        // For the history, and before the topology is locked: publishers take both in this order.
+        let section = self.environment.store.atomic();
         let mut topology = self.topology.write();
         topology.check_bind(&binding)?;
         let queue_durable = match &binding.destination {
@@ -266,10 +283,11 @@ impl Vhost {
         };
         let durable = topology.is_durable_binding(&binding, queue_durable);
         let key = durable.then(|| definitions::binding_key(&self.name, &binding));
-        if !topology.bind(binding)? {
+        if !topology.bind(binding.clone())? {
             return Ok(self.last_definition.load(Ordering::Relaxed));
         }
         self.changed();
+        self.replay_history(&topology, &section, &binding, effects);
         Ok(key.map_or(0, |key| self.define(key, definitions::binding_value())))
     }
 
@@ -337,6 +355,9 @@ impl Vhost {
             false => 0,
         };
         let queue = Queue::new(options, traits, rules, id, self.environment.clone());
+        if queue.may_leave_notes() {
+            self.environment.note_leftover(id);
+        }
         topology.add_queue(name, queue.clone());
         self.changed();
         tracing::info!(vhost = %self.name, queue = %queue.options.name, durable = queue.options.durable, "queue declared");
@@ -400,6 +421,9 @@ impl Vhost {
                 round = round.max(deleted);
             }
         }
+        if queue.may_leave_notes() {
+            self.environment.forget_leftover(queue.id);
+        }
         drop(topology);
         tracing::info!(vhost = %self.name, queue = %name, messages = ready, "queue deleted");
         for consumer in consumers {
@@ -435,25 +459,6 @@ impl Vhost {
 
     // Dead letters
 
-    /// Publishes a dead letter through its exchange, to every queue in which it did not die before. An exchange that is
-    /// missing, or leads nowhere, drops it.
-    pub(super) fn publish_dead_letter(&self, exchange: &str, letter: &Message<'_>, effects: &mut Effects) {
-        let keys = letter.routing_keys();
-        let attributes = Properties::parse(letter.properties).map(Attributes::of).unwrap_or_default();
-        let mut route = Route::default();
-        if self.topology.read().route(exchange, &keys, &attributes, &mut route).is_err() {
-            tracing::debug!(vhost = %self.name, exchange, "dead-letter exchange is missing; the message is dropped");
-            return;
-        }
-        for queue in &route.queues {
-            if dead_letter::is_cycle(letter, &queue.options.name) {
-                tracing::warn!(vhost = %self.name, queue = %queue.options.name, "a dead letter has gone in a circle and is dropped");
-                continue;
-            }
-            queue.publish(std::slice::from_ref(letter), effects);
-        }
-    }
-
     /// Makes sure that the queue is there which keeps messages that failed too often; answers whether it was made now.
     ///
     /// # Errors
@@ -478,8 +483,9 @@ impl Vhost {
     // Recovery
 
     /// Puts a definition from the store back; `false` for a binding whose ends are gone.
-    pub(super) fn restore_exchange(&self, exchange: Exchange) {
+    pub(super) fn restore_exchange(&self, exchange: Exchange, state: Option<QueueId>) {
         let mut topology = self.topology.write();
+        self.restore_state(&exchange, state);
         let name = exchange.name.clone();
         topology.insert_exchange(exchange);
         self.apply_to_exchange(&mut topology, &name);

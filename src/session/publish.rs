@@ -1,11 +1,14 @@
 //! `basic.publish`: the run of like messages that is the load, and the single message with everything that can be said
-//! about it.
+//! about it. What goes through an exchange that does more than routing: `way`.
+
+mod way;
 
 use std::{borrow::Cow, sync::Arc};
 
 use amq_protocol::types::{AMQPValue, FieldTable};
 use smallvec::SmallVec;
 
+pub(super) use self::way::Way;
 use super::{
     assembler::{Assembled, Assembler, Publish},
     channel::{CachedRoute, Channel, ChannelState, Mode},
@@ -99,23 +102,31 @@ impl Session {
         message: &Message<'_>,
         store_failed: bool,
     ) -> Result<(), Fault> {
-        let confirms = match self.channels.get_mut(number) {
-            Some(Channel { mode: Mode::Confirm { published }, .. }) => {
-                *published += 1;
-                Some(*published)
-            }
-            _ => None,
-        };
+        self.count_publish(number);
         if store_failed && message.persistent && route.iter().any(|queue| queue.options.durable) {
             return self.refuse(number);
         }
-        match (offer(route, message, &mut self.effects), confirms) {
-            (Outcome::Accepted(round), _) => self.confirm(number, round),
-            // Without confirms the publisher is not told, as in RabbitMQ.
-            (Outcome::Rejected, Some(published)) => self.outbox.refuse(number, published),
-            (Outcome::Rejected, None) => {}
-        }
+        let outcome = offer(route, message, &mut self.effects);
+        self.answer_publish(number, outcome);
         Ok(())
+    }
+
+    /// Counts a message that will be confirmed.
+    fn count_publish(&mut self, number: u16) {
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
+            *published += 1;
+        }
+    }
+
+    /// Confirms or nacks the message that was counted last. Without confirms the publisher is not told, as in RabbitMQ.
+    fn answer_publish(&mut self, number: u16, outcome: Outcome) {
+        match (outcome, self.channels.get(number)) {
+            (Outcome::Accepted(round), _) => self.confirm(number, round),
+            (Outcome::Rejected, Some(Channel { mode: Mode::Confirm { published }, .. })) => {
+                self.outbox.refuse(number, *published);
+            }
+            (Outcome::Rejected, _) => {}
+        }
     }
 
     /// Nacks what the store does not take; a publisher that asked for no confirms is told by the end of its connection.
@@ -201,15 +212,15 @@ impl Session {
         if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
             return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
         }
-        let route = match (cached, adjusted.extra_keys.is_empty()) {
-            (Some(route), true) => route,
-            _ => self.find_route(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
+        let way = match (cached, adjusted.extra_keys.is_empty()) {
+            (Some(route), true) => Way::Queues(route),
+            _ => self.find_way(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
         };
-        self.enqueue(number, route, &outgoing, message.mandatory)
+        self.enqueue(number, way, &outgoing, message.mandatory)
     }
 
     #[expect(clippy::too_many_arguments, reason = "all of it is what routing depends on")]
-    fn find_route(
+    fn find_way(
         &mut self,
         number: u16,
         vhost: &Arc<Vhost>,
@@ -218,41 +229,40 @@ impl Session {
         adjusted: &Adjusted<'_>,
         epoch: (u64, u64),
         message: &Message<'_>,
-    ) -> Result<CachedRoute, Fault> {
+    ) -> Result<Way, Fault> {
         let keys: SmallVec<[&[u8]; 4]> =
             std::iter::once(routing_key).chain(adjusted.extra_keys.iter().map(Vec::as_slice)).collect();
         let mut found = Route::default();
         let attributes = Properties::parse(message.properties).map(Attributes::of).unwrap_or_default();
         vhost.route(exchange, &keys, &attributes, &mut found).map_err(|error| Fault::from(error).at(60, 40))?;
+        if found.observed {
+            return Ok(Way::Exchange(exchange.into()));
+        }
         let cacheable = found.cacheable && adjusted.extra_keys.is_empty();
         let route: CachedRoute = Arc::new(found.queues.drain(..).collect());
         if let (true, Some(channel)) = (cacheable, self.channels.get_mut(number)) {
             channel.routes.remember(message.names, epoch, route.clone());
         }
-        Ok(route)
+        Ok(Way::Queues(route))
     }
 
     /// Hands a routed message to its queues (or to the transaction), returns it if it is mandatory and has none, and
     /// confirms.
-    fn enqueue(
-        &mut self,
-        number: u16,
-        route: CachedRoute,
-        message: &Message<'_>,
-        mandatory: bool,
-    ) -> Result<(), Fault> {
+    fn enqueue(&mut self, number: u16, way: Way, message: &Message<'_>, mandatory: bool) -> Result<(), Fault> {
         let Some(channel) = self.channels.get_mut(number) else { return Ok(()) };
         match &mut channel.mode {
             Mode::Tx(transaction) => {
-                transaction.publish(TxPublish::new(route, message, mandatory));
+                transaction.publish(TxPublish::new(way, message, mandatory));
                 return Ok(());
             }
             Mode::Confirm { .. } | Mode::Plain => {}
         }
+        let route = match way {
+            Way::Queues(route) => route,
+            Way::Exchange(exchange) => return self.publish_through(number, &exchange, message, mandatory),
+        };
         if route.is_empty() {
-            if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
-                *published += 1;
-            }
+            self.count_publish(number);
             if mandatory {
                 self.outbox.return_message(number, message);
                 self.check_clogged();

@@ -3,24 +3,25 @@
 use amq_protocol::protocol::{AMQPClass, tx};
 
 use super::{
-    channel::{CachedRoute, Channel, Mode},
+    channel::{Channel, Mode},
     close::Fault,
     connection::{Answer, Session},
-    publish::offer,
+    publish::{Way, offer},
     unacked::Unacked,
 };
-use crate::broker::{Message, Outcome, OwnedMessage, Round, Settlement};
+use crate::broker::{Arrival, Message, Outcome, OwnedMessage, Round, Settlement};
 
-/// A publish that waits for its commit. It was routed when it was published, as in RabbitMQ.
+/// A publish that waits for its commit. It was routed when it was published, as in RabbitMQ; through an exchange that sees
+/// every message it goes with the commit.
 pub struct TxPublish {
-    route: CachedRoute,
+    way: Way,
     message: OwnedMessage,
     mandatory: bool,
 }
 
 impl TxPublish {
-    pub fn new(route: CachedRoute, message: &Message<'_>, mandatory: bool) -> Self {
-        TxPublish { route, message: message.into(), mandatory }
+    pub fn new(way: Way, message: &Message<'_>, mandatory: bool) -> Self {
+        TxPublish { way, message: message.into(), mandatory }
     }
 }
 
@@ -82,6 +83,25 @@ impl Session {
         }
     }
 
+    /// Publishes what a commit has let go, within its round.
+    fn publish_committed(&mut self, number: u16, publish: &TxPublish) -> Outcome {
+        let message = publish.message.view();
+        let (outcome, is_unrouted) = match (&publish.way, &self.vhost) {
+            (Way::Queues(route), _) => (offer(route, &message, &mut self.effects), route.is_empty()),
+            (Way::Exchange(exchange), Some(vhost)) => {
+                match vhost.publish(exchange, &message, Arrival::Client, &mut self.effects) {
+                    Ok(published) => (published.outcome, published.is_unrouted),
+                    Err(_) => (Outcome::Accepted(0), true), // the exchange has gone meanwhile
+                }
+            }
+            (Way::Exchange(_), None) => (Outcome::Accepted(0), false),
+        };
+        if is_unrouted && publish.mandatory {
+            self.outbox.return_message(number, &message);
+        }
+        outcome
+    }
+
     fn commit(&mut self, number: u16, transaction: Transaction) -> Result<Answer, Fault> {
         if let (Some(reason), true) =
             (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.message.persistent))
@@ -95,11 +115,7 @@ impl Session {
             let _one_round = broker.atomic();
             let mut refused = false;
             for publish in &transaction.publishes {
-                let message = publish.message.view();
-                if publish.route.is_empty() && publish.mandatory {
-                    self.outbox.return_message(number, &message);
-                }
-                match offer(&publish.route, &message, &mut self.effects) {
+                match self.publish_committed(number, publish) {
                     Outcome::Accepted(durable) => round = round.max(durable),
                     Outcome::Rejected => refused = true,
                 }

@@ -117,6 +117,24 @@ pub fn check_queue_arguments(resource: &ResourceName, arguments: &FieldTable) ->
     Ok(())
 }
 
+/// Checks the arguments that deduplication has, of an exchange that asks for it. They mean nothing otherwise, as RabbitMQ
+/// keeps arguments of exchanges that it does not know.
+///
+/// # Errors
+/// The text of the 406, worded as that of a queue.
+pub fn check_deduplication(resource: &ResourceName, arguments: &FieldTable) -> Result<(), String> {
+    if lookup(arguments, table::DEDUPLICATION[0]).is_none() {
+        return Ok(());
+    }
+    for (key, check) in table::CHECKS.iter().filter(|(key, _)| table::DEDUPLICATION.contains(key)) {
+        if let Some(value) = lookup(arguments, key) {
+            let invalid = |error| format!("invalid arg '{key}' for {resource}: {error}");
+            check.check(value, arguments).map_err(invalid)?;
+        }
+    }
+    Ok(())
+}
+
 fn check_queue_type(value: &AMQPValue) -> Result<(), String> {
     match as_longstr(value) {
         Some(b"" | b"undefined") => Ok(()),
@@ -170,7 +188,7 @@ pub fn check_server_named(queue_type: QueueType) -> Result<(), BrokerError> {
 }
 
 /// Arguments this version accepts without acting on them; a declaration that uses one is logged.
-const WITHOUT_EFFECT: &[&str] = &["x-dead-letter-strategy", "x-delayed", "x-message-deduplication"];
+const WITHOUT_EFFECT: &[&str] = &["x-dead-letter-strategy"];
 
 /// The arguments of a declaration that this version keeps, shows and compares, but does not act on.
 pub fn arguments_without_effect(arguments: &FieldTable) -> Vec<&'static str> {

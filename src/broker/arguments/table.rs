@@ -74,6 +74,10 @@ const OWN: &[&str] = &[
     "x-deduplication-header",
 ];
 
+/// What deduplication is asked for with, of queues and exchanges; the first turns it on.
+pub(super) const DEDUPLICATION: &[&str] =
+    &["x-message-deduplication", "x-cache-size", "x-cache-ttl", "x-deduplication-header"];
+
 /// What a declaration's arguments are checked for, in RabbitMQ's order. `x-queue-type` comes before all of them;
 /// arguments without a line are accepted as they are.
 pub(super) const CHECKS: &[(&str, Check)] = &[

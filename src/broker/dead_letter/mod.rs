@@ -116,6 +116,11 @@ impl DeadLetter {
     }
 }
 
+/// Whether a message was dead-lettered from this queue before.
+pub fn died_in(message: &Message<'_>, queue: &str) -> bool {
+    deaths(message).any(|death| death.queue == queue.as_bytes())
+}
+
 /// Whether delivering a dead letter to the queue `target` would close a cycle that no client's reject is part of. It is then
 /// not delivered there (RabbitMQ's `mc:is_death_cycle/2`).
 ///

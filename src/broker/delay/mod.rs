@@ -26,8 +26,9 @@
 //! Unix milliseconds of the wall clock; sizes in bytes.
 //!
 //! # Elsewhere
-//! What is in memory: `window`. Keys, rounds and loading: `stored`.
+//! Who owns delays, and when it is called: `owner`. What is in memory: `window`. Keys, rounds and loading: `stored`.
 
+mod owner;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
+pub(super) use self::owner::{DelayOwner, Origin, RELEASE_BATCH, delays_of, with_released};
 pub use self::window::{DelayId, Record};
 use self::window::{Phase, Window};
 use super::{memory::MemoryBudget, message::Message};

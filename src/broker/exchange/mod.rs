@@ -15,7 +15,8 @@
 
 use amq_protocol::types::FieldTable;
 
-use super::arguments::QueueType;
+use super::arguments::{self as argument_checks, QueueType};
+use super::rules::Deduplication;
 use crate::model::arguments::{self, InequivalentArgument};
 use crate::model::{Name, ResourceName, erlang, is_reserved};
 
@@ -150,7 +151,13 @@ impl Exchange {
 
     /// Whether the exchange has to see every message, because it does more with them than routing.
     pub(super) fn observes_messages(&self) -> bool {
-        self.is_delayed() || self.history_length().is_some()
+        self.is_delayed() || self.history_length().is_some() || self.deduplication().is_some()
+    }
+
+    /// How it drops duplicates, if it does.
+    #[must_use]
+    pub fn deduplication(&self) -> Option<Deduplication> {
+        Deduplication::of(&self.arguments)
     }
 
     /// Checks what the type demands of the arguments.
@@ -158,6 +165,7 @@ impl Exchange {
     /// # Errors
     /// The text of the 406, which is RabbitMQ's.
     pub(super) fn check_arguments(&self, vhost: &Name) -> Result<(), String> {
+        argument_checks::check_deduplication(&ResourceName::exchange(&self.name, vhost), &self.arguments)?;
         let kind = match self.kind {
             ExchangeKind::Delayed => delayed::parse_type(&self.arguments)?,
             kind => kind,

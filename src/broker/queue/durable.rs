@@ -211,6 +211,9 @@ impl RoundSource for Queue {
         for lane in state.lanes.iter_mut() {
             lane.drain(round, self.options.durable, &mut state.scratch);
         }
+        if let Some(dedup) = &mut state.dedup {
+            dedup.cache.drain_into(self.id, round);
+        }
         match self.options.durable {
             true => state.attempts.drain(self.id, round),
             false => state.attempts.discard_changes(),

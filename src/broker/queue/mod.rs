@@ -11,8 +11,9 @@
 //! - Q4: no other queue is touched while this one is locked.
 //!
 //! # Elsewhere
-//! Delivery tags and `multiple`: `session`. Matching: `broker::exchange`. File formats: `store`.
+//! How messages enter: `arriving`; how they leave other than by an ack: `leaving`. Delivery tags and `multiple`: `session`. Matching: `broker::exchange`. File formats: `store`.
 
+mod arriving;
 mod attempts;
 pub(super) mod checkouts;
 pub(super) mod chunk;
@@ -43,16 +44,17 @@ pub use record::SHARED_BODY_BYTES;
 pub use state::Counts;
 
 use self::{
+    arriving::QueueDedup,
     lane::Lane,
     state::{Next, QueueState, Turn},
 };
 use super::{
     BrokerError,
     arguments::QueueType,
+    delay::{Delays, Origin, delays_of},
     environment::Environment,
-    message::Message,
     port::{Address, Effects, Offer, Port},
-    rules::{Overflow, QueueRules, QueueTraits},
+    rules::{QueueRules, QueueTraits},
     stream::{ReaderOptions, Stream},
     timers::Timed,
 };
@@ -117,7 +119,7 @@ pub struct DeletedQueue {
     pub consumers: Vec<Consumer>,
     /// Messages that were ready.
     pub ready: u64,
-    /// The logs of which the store may hold something. Most queues never get there, and a deletion in the store is not free.
+    /// The logs and other owners of which the store may hold something. Most queues never get there, and a deletion in the store is not free.
     pub in_store: Vec<QueueId>,
 }
 
@@ -131,6 +133,10 @@ pub struct Queue {
     environment: Arc<Environment>,
     /// A publish may be refused: see [`Queue::offer`].
     may_reject: AtomicBool,
+    /// Messages are looked into when they arrive: some wait, or are dropped as duplicates.
+    is_particular: bool,
+    /// What waits, with `x-delayed`. Locked within the state.
+    delays: Option<Arc<Delays>>,
     /// Everything of a stream; `state` is of no use then.
     stream: Option<Arc<Stream>>,
     state: Mutex<QueueState>,
@@ -152,7 +158,7 @@ impl Queue {
         id: QueueId,
         environment: Arc<Environment>,
     ) -> Arc<Self> {
-        Self::recovered(options, traits, rules, id, environment, &[])
+        Self::build(options, traits, rules, id, environment, Origin::New, &[])
     }
 
     /// A durable queue as the store has it, `records` being those of its logs by level. Their consumed sets are read when
@@ -163,6 +169,18 @@ impl Queue {
         rules: QueueRules,
         id: QueueId,
         environment: Arc<Environment>,
+        records: &[(u8, QueueStateRecord)],
+    ) -> Arc<Self> {
+        Self::build(options, traits, rules, id, environment, Origin::Recovered, records)
+    }
+
+    fn build(
+        options: QueueOptions,
+        traits: QueueTraits,
+        rules: QueueRules,
+        id: QueueId,
+        environment: Arc<Environment>,
+        origin: Origin,
         records: &[(u8, QueueStateRecord)],
     ) -> Arc<Self> {
         let now = clock::now_unix_ms();
@@ -178,8 +196,12 @@ impl Queue {
             state.lanes.insert(Lane::recovered(level, lane_id, budget.clone(), record));
         }
         state.attempts_unread = !records.is_empty() && state.counts_attempts();
+        state.dedup = QueueDedup::of(&traits, id, options.durable, origin, &environment);
+        let is_particular = traits.delayed || state.dedup.is_some();
         let may_reject = AtomicBool::new(state.may_reject());
         let queue = Arc::new_cyclic(|this| Queue {
+            is_particular,
+            delays: traits.delayed.then(|| delays_of(id, this.clone(), &environment, origin)),
             options,
             traits,
             id,
@@ -215,89 +237,6 @@ impl Queue {
     /// The highest log id of the queue.
     pub fn last_id(&self) -> QueueId {
         QueueId(self.id.0 + u64::from(self.traits.max_priority))
-    }
-
-    /// Appends messages and hands out what consumers can take. Answers the round that makes all of them durable; 0 when
-    /// there is nothing to wait for (transient messages, or all of them consumed already).
-    ///
-    /// A queue that [may reject](Queue::may_reject) is published to with [`Queue::offer`]; this takes what fits and drops the
-    /// rest.
-    ///
-    /// Hot path: one lock for the whole run, no allocation a message.
-    pub fn publish(self: &Arc<Self>, messages: &[Message<'_>], effects: &mut Effects) -> Round {
-        if let Some(stream) = &self.stream {
-            return stream.publish(messages);
-        }
-        if self.may_reject() {
-            let rounds = messages.iter().map(|message| match self.offer(message, effects) {
-                Outcome::Accepted(round) => round,
-                Outcome::Rejected => 0,
-            });
-            return rounds.max().unwrap_or(0);
-        }
-        let mut state = self.open();
-        self.publish_locked(&mut state, messages, effects)
-    }
-
-    fn publish_locked(
-        self: &Arc<Self>,
-        state: &mut QueueState,
-        messages: &[Message<'_>],
-        effects: &mut Effects,
-    ) -> Round {
-        if state.deleted {
-            return 0; // routed, then gone: counts as accepted
-        }
-        let mut messages = messages;
-        if state.may_pass_through() {
-            let taken = state.pass_through(messages, effects);
-            messages = &messages[taken..];
-            if messages.is_empty() {
-                return 0;
-            }
-        }
-        let now = clock::now_unix_ms();
-        let expected_bytes = messages.iter().map(record::encoded_len).sum();
-        for message in messages {
-            state.append(message, now, expected_bytes);
-        }
-        if state.can_deliver() {
-            self.deliver_locked(state, now, effects);
-            effects.congested |= state.is_congested();
-        }
-        if state.has_limits_or_deadlines() {
-            self.expire_head(state, now, effects);
-            self.enforce_limits(state, effects);
-            self.schedule(state);
-        }
-        if state.lanes.has_unwritten() {
-            return self.mark_dirty(state);
-        }
-        if self.environment.budget.is_over() {
-            self.mark_dirty(state);
-        }
-        0
-    }
-
-    /// Whether the queue refuses publishes when it is full (`x-overflow`).
-    #[inline]
-    pub fn may_reject(&self) -> bool {
-        self.may_reject.load(Ordering::Relaxed)
-    }
-
-    /// [`Queue::publish`] of one message, to a queue that may refuse it.
-    pub fn offer(self: &Arc<Self>, message: &Message<'_>, effects: &mut Effects) -> Outcome {
-        if let Some(stream) = &self.stream {
-            return Outcome::Accepted(stream.publish(std::slice::from_ref(message)));
-        }
-        let mut state = self.open();
-        if !state.deleted && state.is_full_for(message) {
-            if state.rules.overflow == Overflow::RejectPublishDlx {
-                self.dead_letter_refused(&state, message, effects);
-            }
-            return Outcome::Rejected;
-        }
-        Outcome::Accepted(self.publish_locked(&mut state, std::slice::from_ref(message), effects))
     }
 
     /// Hands out what consumers can take.
@@ -472,7 +411,7 @@ impl Queue {
         }
     }
 
-    /// Removes every ready message; answers how many there were.
+    /// Removes every ready message; answers how many there were. What waits until it is due is not ready.
     pub fn purge(self: &Arc<Self>) -> u64 {
         let mut state = self.open();
         let purged = state.purge();
@@ -516,7 +455,8 @@ impl Queue {
         if let Some(stream) = &self.stream {
             return stream.counts();
         }
-        self.state.lock().counts()
+        let counts = self.state.lock().counts();
+        Counts { delayed: self.delays.as_ref().map_or(0, |delays| delays.len()), ..counts }
     }
 
     /// When the oldest ready message was published, if that is known without reading from the store.
@@ -533,7 +473,8 @@ impl Queue {
         if let Some(stream) = &self.stream {
             return stream.resident_bytes();
         }
-        self.state.lock().lanes.iter().map(|lane| lane.log.resident_bytes()).sum()
+        let delayed = self.delays.as_ref().map_or(0, |delays| delays.resident_bytes());
+        self.state.lock().lanes.iter().map(|lane| lane.log.resident_bytes()).sum::<usize>() + delayed
     }
 
     /// Ends the queue if `check` agrees: drops its messages and answers what is left to be done. `None` when it was gone already.
@@ -552,7 +493,14 @@ impl Queue {
             return Ok(None);
         }
         check(&state.counts())?;
-        Ok(Some(state.delete()))
+        let mut deleted = state.delete();
+        if let Some(delays) = &self.delays {
+            delays.close();
+        }
+        if self.is_particular && !deleted.in_store.contains(&self.id) {
+            deleted.in_store.push(self.id);
+        }
+        Ok(Some(deleted))
     }
 
     /// Whether the last consumer has left a queue that goes with it.

@@ -5,6 +5,7 @@ use std::{collections::VecDeque, sync::Arc};
 
 use super::{
     ConsumerId, DeletedQueue, Settled, Settlement,
+    arriving::QueueDedup,
     attempts::Attempts,
     checkouts::Checkouts,
     consumers::{ConsumerRing, Sharing},
@@ -56,6 +57,8 @@ pub struct Counts {
     pub unacked_bytes: u64,
     /// Returned messages that wait for their next attempt.
     pub waiting: u64,
+    /// Published messages that wait until they are due. Neither ready nor subject to the limits.
+    pub delayed: u64,
     pub consumers: u64,
 }
 
@@ -68,6 +71,8 @@ pub(super) struct QueueState {
     pub traits: QueueTraits,
     /// Survives a restart.
     pub durable: bool,
+    /// Drops duplicates, where the queue does that.
+    pub dedup: Option<Box<QueueDedup>>,
     /// Failed deliveries, where the queue counts them.
     pub attempts: Attempts,
     /// Who holds what, where consumers have to settle in time.
@@ -128,6 +133,7 @@ impl QueueState {
             rules,
             traits,
             durable,
+            dedup: None,
             attempts: Attempts::default(),
             checkouts: quorum.then(Box::default),
             groups: traits_groups,
@@ -174,6 +180,7 @@ impl QueueState {
             unacked: self.unacked.messages,
             unacked_bytes: self.unacked.bytes,
             waiting: self.attempts.waiting_tally.messages,
+            delayed: 0,
             consumers: self.shown_consumers(),
         }
     }
@@ -203,10 +210,15 @@ impl QueueState {
         !self.consumers.is_empty() && self.groups.is_none() && !self.lanes.has_ready()
     }
 
+    /// A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
+    #[inline]
+    pub(super) fn persists(&self, message: &Message<'_>) -> bool {
+        (message.persistent || self.checkouts.is_some()) && self.durable
+    }
+
     #[inline]
     pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
-        // A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
-        let persistent = (message.persistent || self.checkouts.is_some()) && self.durable;
+        let persistent = self.persists(message);
         let message = Message { persistent, ..*message };
         let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
         if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
@@ -615,6 +627,7 @@ impl QueueState {
         self.deleted = true;
         self.lanes.clear();
         self.unacked = Tally::default();
+        self.dedup = None;
         self.attempts = Attempts::default();
         self.checkouts = None;
         self.groups = None;

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use super::{Topology, TopologyError};
-use crate::broker::exchange::{Attributes, Subject, Target, Targets};
+use crate::broker::exchange::{Attributes, Exchange, Subject, Target, Targets};
 
 /// Where a message goes. Kept and reused by whoever publishes, so that routing allocates nothing.
 #[derive(Clone, Debug)]
@@ -13,13 +13,16 @@ pub struct RouteResult<T> {
     /// Whether the next message with the same exchange and keys goes the same way, while the topology stands. False
     /// when properties or chance had a say, and when an exchange on the way has to see every message.
     pub cacheable: bool,
+    /// Whether an exchange on the way does more with messages than routing, so that a message must be published through
+    /// it instead of handed to these queues.
+    pub observed: bool,
     /// What is collected on the way; its memory is reused.
     targets: Targets,
 }
 
 impl<T> Default for RouteResult<T> {
     fn default() -> Self {
-        Self { queues: SmallVec::new(), cacheable: true, targets: Targets::default() }
+        Self { queues: SmallVec::new(), cacheable: true, observed: false, targets: Targets::default() }
     }
 }
 
@@ -43,14 +46,34 @@ impl<T: Clone> Topology<T> {
         attributes: &Attributes<'_>,
         out: &mut RouteResult<T>,
     ) -> Result<(), TopologyError> {
-        let RouteResult { queues, cacheable, targets } = out;
+        self.route_observed(exchange, keys, attributes, &mut |_| true, out)
+    }
+
+    /// [`Topology::route`] of a message that is published now: `observe` is called with every exchange on the way that
+    /// has to see messages, and tells whether the message goes on from there.
+    ///
+    /// # Errors
+    /// Those of [`Topology::route`].
+    pub fn route_observed(
+        &self,
+        exchange: &str,
+        keys: &[&[u8]],
+        attributes: &Attributes<'_>,
+        observe: &mut dyn FnMut(&Exchange) -> bool,
+        out: &mut RouteResult<T>,
+    ) -> Result<(), TopologyError> {
+        let RouteResult { queues, cacheable, observed, targets } = out;
         queues.clear();
         targets.clear();
-        *cacheable = true;
+        (*cacheable, *observed) = (true, false);
         if exchange.is_empty() {
             self.collect_by_name(keys, targets);
         } else {
-            *cacheable = self.collect_from(exchange, &Subject { keys, attributes }, targets)?;
+            let mut seen_by = |exchange: &Exchange| {
+                *observed = true;
+                observe(exchange)
+            };
+            *cacheable = self.collect_from(exchange, &Subject { keys, attributes }, &mut seen_by, targets)?;
         }
         let found = targets.as_slice().iter().filter_map(|target| self.queues.get(target.as_queue()?));
         queues.extend(found.map(|entry| entry.target.clone()));
@@ -71,14 +94,24 @@ impl<T: Clone> Topology<T> {
     ///
     /// The default exchange can be an alternate exchange, but has no bindings there and so leads nowhere, as in
     /// RabbitMQ.
-    fn collect_from(&self, exchange: &str, subject: &Subject<'_>, out: &mut Targets) -> Result<bool, TopologyError> {
+    fn collect_from(
+        &self,
+        exchange: &str,
+        subject: &Subject<'_>,
+        observe: &mut dyn FnMut(&Exchange) -> bool,
+        out: &mut Targets,
+    ) -> Result<bool, TopologyError> {
         let (start, mut entry) = self.exchange_entry(exchange).ok_or_else(|| self.no_exchange(exchange))?;
         let mut cacheable = true;
         let mut visited = 0;
         loop {
-            entry.matcher.collect(subject, out);
             cacheable &= entry.cacheable;
-            if !out.take_matched()
+            let goes_on = !entry.observes || observe(&entry.exchange);
+            if goes_on {
+                entry.matcher.collect(subject, out);
+            }
+            if goes_on
+                && !out.take_matched()
                 && let Some(alternate) = entry.exchange.effective_alternate()
                 && let Some(&slot) = self.exchange_slots.get(alternate)
             {

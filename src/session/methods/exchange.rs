@@ -101,7 +101,7 @@ impl Session {
     pub(super) fn bind(&mut self, binding: Binding, answer: Option<AMQPClass>) -> Result<Answer, Fault> {
         self.check_binding(&binding)?;
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
-        let round = vhost.bind(binding, self.id)?;
+        let round = vhost.bind(binding, self.id, &mut self.effects)?;
         Ok(Answer::After(round, answer))
     }
 

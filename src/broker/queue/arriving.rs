@@ -1,0 +1,247 @@
+//! How messages enter a queue: appended, or handed straight to a consumer; refused by a full queue, dropped as duplicates, or
+//! kept until they are due.
+//!
+//! # Order
+//! A duplicate goes first, whether it would wait or not. A message that waits is not counted by the length limits; when it is
+//! due it enters even a full queue, as there is nobody left to refuse it to.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::{Outcome, Queue, record, state::QueueState};
+use crate::{
+    broker::{
+        dead_letter,
+        deduplication::{Admission, DedupCache, Verdict},
+        delay::{DelayOwner, Delays, Origin, RELEASE_BATCH, with_released},
+        delay_headers::due_unix_ms,
+        environment::Environment,
+        message::Message,
+        port::Effects,
+        rules::{Overflow, QueueTraits},
+    },
+    clock,
+    model::properties::Properties,
+    store::{QueueId, Round},
+};
+
+/// What deduplication says of a message.
+enum Admitted {
+    Yes(Option<Admission>),
+    /// Of a message that is durable with this round.
+    Duplicate(Round),
+}
+
+/// The deduplication of a queue.
+pub(super) struct QueueDedup {
+    pub cache: DedupCache,
+    /// The last round that took a value, with its message.
+    last: Round,
+}
+
+impl QueueDedup {
+    /// The deduplication of a queue that asks for it, of a recovered one with what the store has.
+    pub fn of(
+        traits: &QueueTraits,
+        id: QueueId,
+        durable: bool,
+        origin: Origin,
+        environment: &Environment,
+    ) -> Option<Box<Self>> {
+        let rules = traits.deduplication.as_ref()?;
+        let recovered = (origin == Origin::Recovered && durable).then(|| {
+            DedupCache::recover(rules, id, &environment.store, clock::now_unix_ms()).inspect_err(|error| {
+                tracing::error!(queue_id = id.0, %error, "values seen before the start cannot be read; duplicates of them will pass");
+            })
+        });
+        let cache = recovered.and_then(Result::ok).unwrap_or_else(|| DedupCache::new(rules, durable));
+        Some(Box::new(QueueDedup { cache, last: 0 }))
+    }
+}
+
+impl Queue {
+    /// Appends messages and hands out what consumers can take. Answers the round that makes all of them durable; 0 when
+    /// there is nothing to wait for (transient messages, or all of them consumed already).
+    ///
+    /// A queue that [may reject](Queue::may_reject) is published to with [`Queue::offer`]; this takes what fits and drops the
+    /// rest.
+    ///
+    /// Hot path: one lock for the whole run, no allocation a message. Queues that look into messages take them one by one.
+    pub fn publish(self: &Arc<Self>, messages: &[Message<'_>], effects: &mut Effects) -> Round {
+        if let Some(stream) = &self.stream {
+            return stream.publish(messages);
+        }
+        if self.is_particular || self.may_reject() {
+            let rounds = messages.iter().map(|message| match self.offer(message, effects) {
+                Outcome::Accepted(round) => round,
+                Outcome::Rejected => 0,
+            });
+            return rounds.max().unwrap_or(0);
+        }
+        let mut state = self.open();
+        self.publish_locked(&mut state, messages, effects)
+    }
+
+    fn publish_locked(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        messages: &[Message<'_>],
+        effects: &mut Effects,
+    ) -> Round {
+        if state.deleted {
+            return 0; // routed, then gone: counts as accepted
+        }
+        let mut messages = messages;
+        if state.may_pass_through() {
+            let taken = state.pass_through(messages, effects);
+            messages = &messages[taken..];
+            if messages.is_empty() {
+                return 0;
+            }
+        }
+        let now = clock::now_unix_ms();
+        let expected_bytes = messages.iter().map(record::encoded_len).sum();
+        for message in messages {
+            state.append(message, now, expected_bytes);
+        }
+        if state.can_deliver() {
+            self.deliver_locked(state, now, effects);
+            effects.congested |= state.is_congested();
+        }
+        if state.has_limits_or_deadlines() {
+            self.expire_head(state, now, effects);
+            self.enforce_limits(state, effects);
+            self.schedule(state);
+        }
+        if state.lanes.has_unwritten() {
+            return self.mark_dirty(state);
+        }
+        if self.environment.budget.is_over() {
+            self.mark_dirty(state);
+        }
+        0
+    }
+
+    /// Whether the queue refuses publishes when it is full (`x-overflow`).
+    #[inline]
+    pub fn may_reject(&self) -> bool {
+        self.may_reject.load(Ordering::Relaxed)
+    }
+
+    /// [`Queue::publish`] of one message, to a queue that may refuse it.
+    pub fn offer(self: &Arc<Self>, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+        if let Some(stream) = &self.stream {
+            return Outcome::Accepted(stream.publish(std::slice::from_ref(message)));
+        }
+        if self.is_particular {
+            return self.offer_particular(message, effects);
+        }
+        let mut state = self.open();
+        self.offer_locked(&mut state, message, effects)
+    }
+
+    fn offer_locked(self: &Arc<Self>, state: &mut QueueState, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+        if !state.deleted && state.is_full_for(message) {
+            if state.rules.overflow == Overflow::RejectPublishDlx {
+                self.dead_letter_refused(state, message, effects);
+            }
+            return Outcome::Rejected;
+        }
+        Outcome::Accepted(self.publish_locked(state, std::slice::from_ref(message), effects))
+    }
+
+    /// [`Queue::offer`] to a queue that drops duplicates or delays messages.
+    fn offer_particular(self: &Arc<Self>, message: &Message<'_>, effects: &mut Effects) -> Outcome {
+        // The value that tells duplicates is stored with the message, wherever that is kept.
+        let _one_round = self.environment.store.atomic();
+        let mut guard = self.open();
+        let state = &mut *guard;
+        if state.deleted {
+            return Outcome::Accepted(0);
+        }
+        let now = clock::now_unix_ms();
+        let properties = Properties::parse(message.properties).unwrap_or_default();
+        let persistent = state.persists(message);
+        let admission = match self.admit(state, message, &properties, persistent, now) {
+            Admitted::Yes(admission) => admission,
+            Admitted::Duplicate(round) => return Outcome::Accepted(round),
+        };
+        let due = self.delays.as_ref().and_then(|delays| Some((delays, due_unix_ms(&properties, now)?)));
+        let outcome = match due {
+            Some((delays, due)) => {
+                let round = delays.push(due, message);
+                Outcome::Accepted(if persistent { round } else { 0 })
+            }
+            None => self.offer_locked(state, message, effects),
+        };
+        self.note_admission(state, admission, outcome, persistent)
+    }
+
+    /// A dead letter that died here before is no duplicate of itself.
+    fn admit(
+        &self,
+        state: &mut QueueState,
+        message: &Message<'_>,
+        properties: &Properties<'_>,
+        persistent: bool,
+        now_unix_ms: u64,
+    ) -> Admitted {
+        let Some(dedup) = &mut state.dedup else { return Admitted::Yes(None) };
+        if dead_letter::died_in(message, &self.options.name) {
+            return Admitted::Yes(None);
+        }
+        match dedup.cache.check_and_insert(now_unix_ms, properties.raw_headers(), persistent) {
+            Verdict::New(admission) => Admitted::Yes(Some(admission)),
+            Verdict::NoKey => Admitted::Yes(None),
+            Verdict::Duplicate => Admitted::Duplicate(if persistent { dedup.last } else { 0 }),
+        }
+    }
+
+    /// Has the value of a message stored with it, or forgotten if the message was refused.
+    fn note_admission(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        admission: Option<Admission>,
+        outcome: Outcome,
+        persistent: bool,
+    ) -> Outcome {
+        let (Some(admission), Some(dedup)) = (admission, &mut state.dedup) else { return outcome };
+        if outcome == Outcome::Rejected {
+            dedup.cache.withdraw(admission);
+        }
+        if !dedup.cache.has_news() {
+            return outcome;
+        }
+        let round = self.mark_dirty(state);
+        if let Some(dedup) = &mut state.dedup {
+            dedup.last = round;
+        }
+        match outcome {
+            Outcome::Accepted(others) if persistent => Outcome::Accepted(others.max(round)),
+            outcome => outcome,
+        }
+    }
+
+    /// The messages that wait in a queue with `x-delayed`.
+    pub(in crate::broker) fn delays(&self) -> Option<&Arc<Delays>> {
+        self.delays.as_ref()
+    }
+
+    /// Whether the store may keep something for the queue that would be nobody's after a restart.
+    pub(in crate::broker) fn may_leave_notes(&self) -> bool {
+        self.delays.is_some() && !self.options.durable
+    }
+}
+
+impl DelayOwner for Queue {
+    /// Makes ready what is due.
+    fn release_due(self: Arc<Self>, now_unix_ms: u64, effects: &mut Effects) -> Option<u64> {
+        let delays = self.delays.as_ref()?;
+        delays.take_due(now_unix_ms, RELEASE_BATCH, &mut |_, message| {
+            with_released(message, now_unix_ms, |message| {
+                let mut state = self.open();
+                self.publish_locked(&mut state, std::slice::from_ref(message), effects);
+            });
+        });
+        delays.next_due()
+    }
+}
