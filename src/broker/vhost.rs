@@ -4,11 +4,12 @@
 //! The topology lock comes before the lock of the policies, and that before every queue's lock. Publishing takes it for reading only when a channel's route cache
 //! misses; a change holds it for writing while it alters memory and hands the definition to the store, never for I/O.
 
+mod events;
 mod policies;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use ahash::AHashMap;
@@ -48,6 +49,8 @@ pub struct Vhost {
     settings: QueueSettings,
     /// Moves with every change that could route a message elsewhere.
     epoch: AtomicU64,
+    /// Whether messages are copied to the trace exchange.
+    tracing: AtomicBool,
     /// The round of the last definition written: who finds a thing declared by another waits for it, too.
     last_definition: AtomicU64,
     environment: Arc<Environment>,
@@ -92,10 +95,15 @@ impl Vhost {
             settings,
             name,
             epoch: AtomicU64::new(1),
+            tracing: AtomicBool::new(false),
             last_definition: AtomicU64::new(0),
             environment,
         };
-        vhost.apply_to_exchanges(&mut vhost.topology.write());
+        {
+            let mut topology = vhost.topology.write();
+            vhost.add_event_exchange(&mut topology);
+            vhost.apply_to_exchanges(&mut topology);
+        }
         vhost
     }
 
@@ -189,11 +197,11 @@ impl Vhost {
         self.topology.read().check_declare(new)
     }
 
-    /// Declares an exchange; answers when it is on disk.
+    /// Declares an exchange for a connection; answers when it is on disk.
     ///
     /// # Errors
     /// Those of [`Vhost::check_declare_exchange`].
-    pub fn declare_exchange(&self, new: Exchange) -> Result<Round, TopologyError> {
+    pub fn declare_exchange(&self, new: Exchange, connection: ConnectionId) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
         let definition =
             new.durable.then(|| (definitions::exchange_key(&self.name, &new.name), definitions::exchange_value(&new)));
@@ -203,6 +211,9 @@ impl Vhost {
         }
         self.apply_to_exchange(&mut topology, &name);
         self.changed();
+        if let Some(exchange) = topology.exchange(&name) {
+            self.note_exchange_created(exchange, connection);
+        }
         tracing::info!(vhost = %self.name, exchange = %name, "exchange declared");
         Ok(definition.map_or(0, |(key, value)| self.define(key, value)))
     }
@@ -215,22 +226,29 @@ impl Vhost {
         self.topology.read().declare_passive(name).map(|_| ())
     }
 
-    /// Deletes an exchange and its bindings; answers when that is on disk.
+    /// Deletes an exchange and its bindings for a connection; answers when that is on disk.
     ///
     /// # Errors
     /// 403 for a system exchange, 406 for one in use with `if_unused`.
-    pub fn delete_exchange(&self, name: &str, if_unused: bool) -> Result<Round, TopologyError> {
+    pub fn delete_exchange(
+        &self,
+        name: &str,
+        if_unused: bool,
+        connection: ConnectionId,
+    ) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
         let removed = topology.delete_exchange(name, if_unused)?;
-        Ok(self.forget(&removed))
+        Ok(self.forget(&topology, &removed, Some(connection)))
     }
 
     /// Removes the definitions of what a change has taken away.
-    fn forget(&self, removed: &Removed) -> Round {
+    fn forget(&self, topology: &Topology<Arc<Queue>>, removed: &Removed, connection: Option<ConnectionId>) -> Round {
         if removed.is_empty() {
             return 0;
         }
         self.changed();
+        self.look_for_listeners(topology);
+        self.note_removed(removed, connection);
         let mut round = 0;
         for binding in &removed.bindings {
             round = round.max(self.environment.store.delete_definition(definitions::binding_key(&self.name, binding)));
@@ -266,10 +284,13 @@ impl Vhost {
         };
         let durable = topology.is_durable_binding(&binding, queue_durable);
         let key = durable.then(|| definitions::binding_key(&self.name, &binding));
+        let bound = binding.clone();
         if !topology.bind(binding)? {
             return Ok(self.last_definition.load(Ordering::Relaxed));
         }
         self.changed();
+        self.look_for_listeners(&topology);
+        self.note_binding_created(&bound, connection);
         Ok(key.map_or(0, |key| self.define(key, definitions::binding_value())))
     }
 
@@ -286,7 +307,7 @@ impl Vhost {
             self.check_owner(queue, connection)?;
         }
         let removed = topology.unbind(binding);
-        Ok(self.forget(&removed))
+        Ok(self.forget(&topology, &removed, Some(connection)))
     }
 
     // Queues
@@ -339,6 +360,7 @@ impl Vhost {
         let queue = Queue::new(options, traits, rules, id, self.environment.clone());
         topology.add_queue(name, queue.clone());
         self.changed();
+        self.note_queue_created(&queue, connection);
         tracing::info!(vhost = %self.name, queue = %queue.options.name, durable = queue.options.durable, "queue declared");
         Ok(DeclaredQueue { queue, created: true, round })
     }
@@ -388,8 +410,9 @@ impl Vhost {
         let Some(DeletedQueue { consumers, ready, in_store }) = queue.delete(check)? else { return Ok((0, 0)) };
         let name = &queue.options.name;
         let removed = topology.remove_queue(name);
-        let mut round = self.forget(&removed);
+        let mut round = self.forget(&topology, &removed, None);
         self.changed();
+        self.note_queue_deleted(queue, effects.on_behalf_of);
         if queue.options.durable {
             round = round.max(self.environment.store.delete_definition(definitions::queue_key(&self.name, name)));
         }
@@ -503,6 +526,9 @@ impl Vhost {
     }
 
     pub(super) fn restore_binding(&self, binding: Binding) -> bool {
-        self.topology.write().bind(binding).is_ok()
+        let mut topology = self.topology.write();
+        let bound = topology.bind(binding).is_ok();
+        self.look_for_listeners(&topology);
+        bound
     }
 }

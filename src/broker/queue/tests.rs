@@ -259,7 +259,7 @@ fn plain_queue(
     budget: &Arc<MemoryBudget>,
     record: Option<QueueStateRecord>,
 ) -> Arc<Queue> {
-    let environment = Environment::new(store.clone(), budget.clone(), Weak::new());
+    let environment = Environment::new(store.clone(), budget.clone(), Default::default(), Weak::new());
     let records: Vec<(u8, QueueStateRecord)> = record.into_iter().map(|record| (0, record)).collect();
     Queue::recovered(options(durable), QueueTraits::default(), QueueRules::default(), id, environment, &records)
 }
