@@ -13,7 +13,7 @@ use crate::{
     auth::Authenticator,
     broker::{Broker, BrokerLimits, BrokerSettings, QueueSettings, rules::RuleDefaults},
     config::{Config, Durability},
-    net::{Listener, Registry, Shared, keep_deadlines, keep_time, raise_file_limit},
+    net::{Listener, Registry, Shared, keep_deadlines, keep_events, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
     store::{CommitHook, Store, StoreError, StoreOptions},
 };
@@ -38,7 +38,7 @@ pub struct Server {
     broker: Arc<Broker>,
     registry: Arc<Registry>,
     listeners: Vec<Listener>,
-    timers: [JoinHandle<()>; 2],
+    timers: [JoinHandle<()>; 3],
 }
 
 impl Server {
@@ -91,8 +91,11 @@ impl Server {
             max_connections: config.max_connections,
         });
         let listeners = listen(&config.bind, config.port, &shared)?;
-        let timers =
-            [tokio::spawn(keep_time(registry.clone(), broker.clone())), tokio::spawn(keep_deadlines(broker.clone()))];
+        let timers = [
+            tokio::spawn(keep_time(registry.clone(), broker.clone())),
+            tokio::spawn(keep_deadlines(broker.clone())),
+            tokio::spawn(keep_events(broker.clone())),
+        ];
         Ok(Server { store, broker, registry, listeners, timers })
     }
 
@@ -119,6 +122,7 @@ impl Server {
             tracing::warn!(connections = self.registry.sockets(), "clients did not answer connection.close in time");
         }
         self.timers.iter().for_each(JoinHandle::abort);
+        while self.broker.publish_events() {} // those of the end
         let store = self.store.clone();
         match tokio::task::spawn_blocking(move || store.shutdown()).await {
             Ok(stopped) => Ok(stopped?),
@@ -135,6 +139,9 @@ fn settings(config: &Config) -> BrokerSettings {
     let timeout_ms = |timeout: Duration| u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
     let policies = config.policies.iter();
     BrokerSettings {
+        node_name: config.node_name.as_str().into(),
+        event_vhost: config.event_vhost.as_str().into(),
+        traced_vhosts: config.traced_vhosts.iter().map(|vhost| vhost.as_str().into()).collect(),
         queues: QueueSettings {
             default_type: config.queues.default_type,
             rules: RuleDefaults {

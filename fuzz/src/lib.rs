@@ -19,7 +19,7 @@ use amq_protocol::{
 };
 use leveret::{
     auth::{Authenticator, PasswordHash, Permission, User},
-    broker::Broker,
+    broker::{Broker, ConnectionId},
     model::properties::{Properties, plain_delivery_mode, raw_entries},
     session::{ConnectionContext, Phase, Session, SessionLimits, Step, WriteBuffer, WriteCursor},
     store::{QueueId, QueueStateRecord, Recovered, RoundBuilder, RoundSource, Store, StoreOptions},
@@ -138,7 +138,7 @@ impl Lab {
             vhost.delete_queue(&queue, &mut effects, |_| Ok(())).expect("nobody objects");
         }
         for name in NAMES {
-            let _ = vhost.delete_exchange(name, false); // the predeclared ones stay
+            let _ = vhost.delete_exchange(name, false, ConnectionId(0)); // the predeclared ones stay
         }
         self.broker.carry_out(&mut effects);
     }

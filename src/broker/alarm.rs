@@ -10,7 +10,7 @@ pub enum Alarm {
 }
 
 impl Alarm {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Alarm::Memory => "memory",
             Alarm::Disk => "disk",
@@ -23,16 +23,17 @@ impl Alarm {
 pub struct Alarms(AtomicU8);
 
 impl Alarms {
-    /// Sets or clears an alarm; a change is logged.
-    pub fn set(&self, alarm: Alarm, active: bool) {
+    /// Sets or clears an alarm; a change is logged. Answers whether it is one.
+    pub fn set(&self, alarm: Alarm, active: bool) -> bool {
         let bit = alarm as u8;
         let before =
             if active { self.0.fetch_or(bit, Ordering::Relaxed) } else { self.0.fetch_and(!bit, Ordering::Relaxed) };
         match (before & bit != 0, active) {
             (false, true) => tracing::warn!(resource = alarm.name(), "alarm: publishing connections are blocked"),
             (true, false) => tracing::info!(resource = alarm.name(), "alarm cleared"),
-            _ => {}
+            _ => return false,
         }
+        true
     }
 
     /// Whether any alarm is in force.

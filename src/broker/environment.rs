@@ -2,21 +2,22 @@
 
 use std::sync::{Arc, Weak};
 
-use super::{Broker, definitions, memory::MemoryBudget, port::Effects, timers::Timers};
+use super::{Broker, definitions, events::Events, memory::MemoryBudget, port::Effects, timers::Timers};
 use crate::store::{QueueId, Store};
 
-/// Store, memory budget and timers of a broker, and the broker itself for what a queue cannot do alone.
+/// Store, memory budget, timers and events of a broker, and the broker itself for what a queue cannot do alone.
 pub struct Environment {
     pub store: Arc<Store>,
     pub budget: Arc<MemoryBudget>,
     pub timers: Timers,
+    pub events: Events,
     broker: Weak<Broker>,
 }
 
 impl Environment {
     /// An environment; without a broker (in tests), dead letters go nowhere.
-    pub fn new(store: Arc<Store>, budget: Arc<MemoryBudget>, broker: Weak<Broker>) -> Arc<Self> {
-        Arc::new(Environment { store, budget, timers: Timers::default(), broker })
+    pub fn new(store: Arc<Store>, budget: Arc<MemoryBudget>, events: Events, broker: Weak<Broker>) -> Arc<Self> {
+        Arc::new(Environment { store, budget, timers: Timers::default(), events, broker })
     }
 
     /// Has what the store keeps for a transient owner deleted at the next start, if it is still there then.

@@ -12,6 +12,7 @@ pub mod delay_headers;
 pub mod delivery_headers;
 mod environment;
 mod error;
+mod events;
 pub mod exchange;
 mod exchange_state;
 pub mod extension;
@@ -26,6 +27,7 @@ pub mod router;
 pub mod rules;
 mod stream;
 mod timers;
+mod trace;
 mod vhost;
 
 use std::sync::{
@@ -39,6 +41,7 @@ use dashmap::DashMap;
 pub use self::{
     alarm::{Alarm, Alarms},
     error::BrokerError,
+    events::{EVENT_EXCHANGE, EventProperties, Events},
     memory::MemoryBudget,
     message::{Body, Message, OwnedMessage, encode_names},
     port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port, TimedOut},
@@ -48,6 +51,7 @@ pub use self::{
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
     stream::ReaderOptions,
+    trace::{Origin, TRACE_EXCHANGE, TracedDelivery, is_traced},
     vhost::{Arrival, DeclaredQueue, DelayedIn, PolicyError, Published, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
@@ -74,11 +78,29 @@ pub struct BrokerLimits {
 }
 
 /// How the broker treats queues where clients leave it open, and the policies that are not theirs to change.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct BrokerSettings {
+    /// This broker's name, as clients and operators see it.
+    pub node_name: Name,
+    /// The vhost that has the exchange `amq.rabbitmq.event`, if there is one of that name.
+    pub event_vhost: Name,
+    /// Vhosts whose messages are traced from the start.
+    pub traced_vhosts: Vec<Name>,
     pub queues: QueueSettings,
     /// By vhost. They are not stored, and hide stored ones of the same kind and name.
     pub policies: Vec<(Name, Arc<Policy>)>,
+}
+
+impl Default for BrokerSettings {
+    fn default() -> Self {
+        BrokerSettings {
+            node_name: "leveret@localhost".into(),
+            event_vhost: "/".into(),
+            traced_vhosts: Vec::new(),
+            queues: QueueSettings::default(),
+            policies: Vec::new(),
+        }
+    }
 }
 
 /// Sweeps in a row that may find the memory budget exhausted before that is an alarm: paging gets its chance first.
@@ -115,9 +137,10 @@ impl Broker {
         settings: BrokerSettings,
     ) -> Arc<Self> {
         let budget = Arc::new(MemoryBudget::new(limits.memory_budget_bytes));
+        let events = Events::new(settings.node_name.clone(), settings.event_vhost.clone());
         let broker = Arc::new_cyclic(|this| Broker {
             vhosts: DashMap::new(),
-            environment: Environment::new(store.clone(), budget.clone(), this.clone()),
+            environment: Environment::new(store.clone(), budget.clone(), events, this.clone()),
             store,
             budget,
             settings,
@@ -183,7 +206,11 @@ impl Broker {
         let configured = self.settings.policies.iter().filter(|(vhost, _)| vhost == name);
         let configured = configured.map(|(_, policy)| policy.clone());
         let (environment, settings) = (self.environment.clone(), self.settings.queues);
-        let new = || Arc::new(Vhost::new(name.clone(), environment, settings, configured));
+        let new = || {
+            let vhost = Vhost::new(name.clone(), environment, settings, configured);
+            vhost.set_tracing(self.settings.traced_vhosts.contains(name));
+            Arc::new(vhost)
+        };
         self.vhosts.entry(name.clone()).or_insert_with(new).clone()
     }
 
@@ -193,7 +220,7 @@ impl Broker {
         if self.vhosts.contains_key(&name) {
             return 0;
         }
-        self.vhost_or_new(&name);
+        self.vhost_or_new(&name).note_created();
         let (key, value) = definitions::vhost(&name);
         self.store.put_definition(key, value)
     }
@@ -206,6 +233,15 @@ impl Broker {
     /// All vhosts.
     pub fn vhosts(&self) -> Vec<Arc<Vhost>> {
         self.vhosts.iter().map(|vhost| vhost.clone()).collect()
+    }
+
+    // Tracing
+
+    /// Switches tracing of a vhost on or off, until the broker stops: while it is on, every message that is published or
+    /// delivered there is copied to the exchange `amq.rabbitmq.trace`. Answers whether there is such a vhost.
+    pub fn set_tracing(&self, vhost: &str, on: bool) -> bool {
+        let vhost = self.vhost(vhost);
+        vhost.as_ref().inspect(|vhost| vhost.set_tracing(on)).is_some()
     }
 
     // Policies
@@ -283,7 +319,11 @@ impl Broker {
                 self.dead_letter(effects);
             } else if let Some(queue) = effects.again.pop() {
                 queue.deliver(effects);
-            } else if effects.unused.is_empty() && effects.expired.is_empty() && effects.timed_out.is_empty() {
+            } else if effects.unused.is_empty()
+                && effects.expired.is_empty()
+                && effects.timed_out.is_empty()
+                && !effects.publish_traces()
+            {
                 break;
             }
         }
@@ -292,8 +332,10 @@ impl Broker {
 
     fn delete_queue(&self, queue: &Arc<Queue>, effects: &mut Effects) {
         if let Some(vhost) = self.vhost(&queue.options.vhost) {
+            let on_behalf_of = effects.on_behalf_of.take(); // it is nobody's doing
             // Cannot be refused: nothing is checked.
             let _ = vhost.delete_queue(queue, effects, |_| Ok(()));
+            effects.on_behalf_of = on_behalf_of;
         }
     }
 
@@ -324,12 +366,12 @@ impl Broker {
     /// few times a second.
     pub fn sweep(&self) {
         if let Some(free) = self.store.free_disk_bytes() {
-            self.alarms.set(Alarm::Disk, free < self.disk_free_limit_bytes);
+            self.set_alarm(Alarm::Disk, free < self.disk_free_limit_bytes);
         }
         let exhausted = self.budget.is_exhausted();
         let sweeps = if exhausted { self.exhausted_sweeps.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
         self.exhausted_sweeps.store(sweeps, Ordering::Relaxed);
-        self.alarms.set(Alarm::Memory, sweeps > EXHAUSTED_SWEEPS);
+        self.set_alarm(Alarm::Memory, sweeps > EXHAUSTED_SWEEPS);
         if !self.budget.is_over() {
             return;
         }
@@ -337,6 +379,14 @@ impl Broker {
             for queue in vhost.queues() {
                 queue.offer_eviction();
             }
+        }
+    }
+
+    fn set_alarm(&self, alarm: Alarm, active: bool) {
+        if self.alarms.set(alarm, active) {
+            let events = self.events();
+            let key = if active { "alarm.set" } else { "alarm.cleared" };
+            events.note(key, || EventProperties::default().text("source", alarm.name()).text("node", &**events.node()));
         }
     }
 

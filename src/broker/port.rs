@@ -7,6 +7,7 @@ use crate::model::Name;
 use super::{
     dead_letter::DeathReason,
     message::{Message, OwnedMessage},
+    queue::ConnectionId,
 };
 
 /// A consumer's place on its connection: the channel, and the slot the session keeps for it there.
@@ -55,6 +56,12 @@ pub trait Port: Send + Sync {
     /// Wakes the connection's writer.
     fn wake(&self);
 
+    /// Publishes the traces of what was delivered since the last call; answers whether there were any. Whoever has been
+    /// told to call [`Port::wake`] may call this before; otherwise it is done later. No lock is held.
+    fn publish_traces(&self, _effects: &mut Effects) -> bool {
+        false
+    }
+
     /// Tells the client that its consumer is gone (`basic.cancel`), if it wants to be told. No queue is locked.
     fn consumer_cancelled(&self, to: Address);
 
@@ -92,6 +99,8 @@ pub struct DyingMessage {
 /// What a queue wants done once it is unlocked. Reused: [`Effects::is_empty`] between uses.
 #[derive(Default)]
 pub struct Effects {
+    /// Whose doing it is; the broker's own if it is no connection's.
+    pub on_behalf_of: Option<ConnectionId>,
     /// Ports whose writers have something to write.
     pub wakes: Vec<Arc<dyn Port>>,
     /// Queues to be deleted because their last consumer has left.
@@ -117,6 +126,18 @@ impl Effects {
             && self.dead.is_empty()
             && self.timed_out.is_empty()
             && self.expired.is_empty()
+    }
+
+    /// Publishes the traces of deliveries; answers whether there were any, which may have caused more.
+    pub fn publish_traces(&mut self) -> bool {
+        let mut ports = std::mem::take(&mut self.wakes);
+        let mut any = false;
+        for port in &ports {
+            any |= port.publish_traces(self);
+        }
+        ports.append(&mut self.wakes);
+        self.wakes = ports;
+        any
     }
 
     /// Carries out what needs no broker: continues cut deliveries and wakes writers. What only a broker can do is dropped.

@@ -4,13 +4,14 @@
 //! The topology lock comes before the lock of the policies, and that before every queue's lock. Publishing takes it for reading only when a channel's route cache
 //! misses; a change holds it for writing while it alters memory and hands the definition to the store, never for I/O.
 
+mod events;
 mod exchange_states;
 mod passage;
 mod policies;
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use ahash::AHashMap;
@@ -54,6 +55,8 @@ pub struct Vhost {
     settings: QueueSettings,
     /// Moves with every change that could route a message elsewhere.
     epoch: AtomicU64,
+    /// Whether messages are copied to the trace exchange.
+    tracing: AtomicBool,
     /// The round of the last definition written: who finds a thing declared by another waits for it, too.
     last_definition: AtomicU64,
     environment: Arc<Environment>,
@@ -99,10 +102,15 @@ impl Vhost {
             settings,
             name,
             epoch: AtomicU64::new(1),
+            tracing: AtomicBool::new(false),
             last_definition: AtomicU64::new(0),
             environment,
         };
-        vhost.apply_to_exchanges(&mut vhost.topology.write());
+        {
+            let mut topology = vhost.topology.write();
+            vhost.add_event_exchange(&mut topology);
+            vhost.apply_to_exchanges(&mut topology);
+        }
         vhost
     }
 
@@ -196,11 +204,11 @@ impl Vhost {
         self.topology.read().check_declare(new)
     }
 
-    /// Declares an exchange; answers when it is on disk.
+    /// Declares an exchange for a connection; answers when it is on disk.
     ///
     /// # Errors
     /// Those of [`Vhost::check_declare_exchange`].
-    pub fn declare_exchange(&self, new: Exchange) -> Result<Round, TopologyError> {
+    pub fn declare_exchange(&self, new: Exchange, connection: ConnectionId) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
         let name = new.name.clone();
         if topology.declare_exchange(new.clone())? == Declared::Existed {
@@ -212,6 +220,9 @@ impl Vhost {
             .then(|| (definitions::exchange_key(&self.name, &name), definitions::exchange_value(&new, state)));
         self.apply_to_exchange(&mut topology, &name);
         self.changed();
+        if let Some(exchange) = topology.exchange(&name) {
+            self.note_exchange_created(exchange, connection);
+        }
         tracing::info!(vhost = %self.name, exchange = %name, "exchange declared");
         Ok(definition.map_or(0, |(key, value)| self.define(key, value)))
     }
@@ -224,22 +235,29 @@ impl Vhost {
         self.topology.read().declare_passive(name).map(|_| ())
     }
 
-    /// Deletes an exchange and its bindings; answers when that is on disk.
+    /// Deletes an exchange and its bindings for a connection; answers when that is on disk.
     ///
     /// # Errors
     /// 403 for a system exchange, 406 for one in use with `if_unused`.
-    pub fn delete_exchange(&self, name: &str, if_unused: bool) -> Result<Round, TopologyError> {
+    pub fn delete_exchange(
+        &self,
+        name: &str,
+        if_unused: bool,
+        connection: ConnectionId,
+    ) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
         let removed = topology.delete_exchange(name, if_unused)?;
-        Ok(self.forget(&removed))
+        Ok(self.forget(&topology, &removed, Some(connection)))
     }
 
     /// Removes the definitions of what a change has taken away.
-    fn forget(&self, removed: &Removed) -> Round {
+    fn forget(&self, topology: &Topology<Arc<Queue>>, removed: &Removed, connection: Option<ConnectionId>) -> Round {
         if removed.is_empty() {
             return 0;
         }
         self.changed();
+        self.look_for_listeners(topology);
+        self.note_removed(removed, connection);
         let mut round = 0;
         for binding in &removed.bindings {
             round = round.max(self.environment.store.delete_definition(definitions::binding_key(&self.name, binding)));
@@ -287,6 +305,8 @@ impl Vhost {
             return Ok(self.last_definition.load(Ordering::Relaxed));
         }
         self.changed();
+        self.look_for_listeners(&topology);
+        self.note_binding_created(&binding, connection);
         self.replay_history(&topology, &section, &binding, effects);
         Ok(key.map_or(0, |key| self.define(key, definitions::binding_value())))
     }
@@ -304,7 +324,7 @@ impl Vhost {
             self.check_owner(queue, connection)?;
         }
         let removed = topology.unbind(binding);
-        Ok(self.forget(&removed))
+        Ok(self.forget(&topology, &removed, Some(connection)))
     }
 
     // Queues
@@ -360,6 +380,7 @@ impl Vhost {
         }
         topology.add_queue(name, queue.clone());
         self.changed();
+        self.note_queue_created(&queue, connection);
         tracing::info!(vhost = %self.name, queue = %queue.options.name, durable = queue.options.durable, "queue declared");
         Ok(DeclaredQueue { queue, created: true, round })
     }
@@ -409,8 +430,9 @@ impl Vhost {
         let Some(DeletedQueue { consumers, ready, in_store }) = queue.delete(check)? else { return Ok((0, 0)) };
         let name = &queue.options.name;
         let removed = topology.remove_queue(name);
-        let mut round = self.forget(&removed);
+        let mut round = self.forget(&topology, &removed, None);
         self.changed();
+        self.note_queue_deleted(queue, effects.on_behalf_of);
         if queue.options.durable {
             round = round.max(self.environment.store.delete_definition(definitions::queue_key(&self.name, name)));
         }
@@ -509,6 +531,9 @@ impl Vhost {
     }
 
     pub(super) fn restore_binding(&self, binding: Binding) -> bool {
-        self.topology.write().bind(binding).is_ok()
+        let mut topology = self.topology.write();
+        let bound = topology.bind(binding).is_ok();
+        self.look_for_listeners(&topology);
+        bound
     }
 }

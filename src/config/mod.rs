@@ -68,6 +68,10 @@ pub struct Config {
     pub loopback_users: Vec<String>,
     /// At least one.
     pub vhosts: Vec<String>,
+    /// The vhost that has the exchange of events; none if it is not among `vhosts`.
+    pub event_vhost: String,
+    /// Vhosts whose messages are traced; all of them among `vhosts`.
+    pub traced_vhosts: Vec<String>,
     pub users: Vec<User>,
     /// Policies and operator policies; at most one of a kind and name in each vhost.
     pub policies: Vec<ConfiguredPolicy>,
@@ -249,6 +253,8 @@ impl Default for Draft {
             log: LogConfig { filter: "info".to_owned(), format: LogFormat::Auto },
             loopback_users: vec!["guest".to_owned()],
             vhosts: vec!["/".to_owned()],
+            event_vhost: "/".to_owned(),
+            traced_vhosts: Vec::new(),
             users: Vec::new(),
             policies: Vec::new(),
         };
@@ -271,6 +277,13 @@ impl Draft {
         if config.users.is_empty() {
             let hash = PasswordHash::new(&self.default_password);
             config.users = vec![default_user(&self.default_user, hash, &config.vhosts)];
+        }
+        if let Some(vhost) = config.traced_vhosts.iter().find(|vhost| !config.vhosts.contains(vhost)) {
+            return Err(ConfigError::Conflict {
+                key: "tracing.vhosts",
+                value: vhost.clone(),
+                reason: format!("must be one of vhosts ({})", config.vhosts.join(", ")),
+            });
         }
         for ConfiguredPolicy { vhost, policy } in &config.policies {
             if !config.vhosts.contains(vhost) {

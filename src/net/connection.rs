@@ -23,7 +23,7 @@ use super::{
     registry::{Command, Handle, Registry},
     writer::write_loop,
 };
-use crate::session::{CloseReason, ConnectionContext, HeaderAnswer, Phase, Session, Step, judge_header};
+use crate::session::{CloseReason, ConnectionContext, Endpoints, HeaderAnswer, Phase, Session, Step, judge_header};
 
 /// Bytes read at a time, into a buffer that the connections of a thread share.
 const READ_BYTES: usize = 256 << 10;
@@ -71,7 +71,10 @@ pub async fn serve(mut socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>)
         return;
     }
     let id = shared.registry.next_id();
-    let session = shared.context.session(id, peer.ip());
+    let mut session = shared.context.session(id, peer.ip());
+    if let Ok(local) = socket.local_addr() {
+        session.set_endpoints(Endpoints { peer, local });
+    }
     let handle = shared.registry.add(id, session.outbox().clone());
     let reader_of = Arc::downgrade(&handle);
     handle.outbox.on_attention(Box::new(move || {

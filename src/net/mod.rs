@@ -10,5 +10,5 @@ pub use self::{
     connection::Shared,
     listener::{Listener, raise_file_limit},
     registry::Registry,
-    timers::{keep_deadlines, keep_time},
+    timers::{keep_deadlines, keep_events, keep_time},
 };

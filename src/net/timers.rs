@@ -65,6 +65,16 @@ pub async fn keep_deadlines(broker: Arc<Broker>) {
     }
 }
 
+/// Publishes events soon after they happen. Runs until it is aborted.
+pub async fn keep_events(broker: Arc<Broker>) {
+    loop {
+        broker.events_noted().await;
+        while broker.publish_events() {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 /// RabbitMQ's rules: a heartbeat every half interval in which nothing else was sent; after two whole intervals in which
 /// nothing was received the peer is dead.
 fn beat(handle: &Handle, now: Instant) {

@@ -5,18 +5,22 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use amq_protocol::protocol::{AMQPClass, connection};
+use amq_protocol::{
+    protocol::{AMQPClass, connection},
+    types::FieldTable,
+};
 
 use super::{
     channel::{Channel, ChannelState},
     channel_map::ChannelMap,
     close::{CloseReason, Fault},
+    events::Endpoints,
     handshake,
     outbox::{Outbox, Remains, SettleBatch},
 };
 use crate::{
-    auth::{Authenticator, User},
-    broker::{Broker, BrokerError, ConnectionId, Effects, Queue, Round, Settlement, Vhost},
+    auth::{Authenticator, User, sasl::Mechanism},
+    broker::{Broker, BrokerError, ConnectionId, Effects, Origin, Queue, Round, Settlement, Vhost},
     model::Name,
     wire::{self, Scan, frame, hot},
 };
@@ -60,6 +64,9 @@ pub enum Phase {
 #[derive(Clone, Debug, Default)]
 pub struct Client {
     pub name: String,
+    /// All of it.
+    pub properties: FieldTable,
+    pub mechanism: Option<Mechanism>,
     pub blocked: bool,
     pub cancel_notify: bool,
     pub failure_close: bool,
@@ -110,6 +117,9 @@ pub struct Session {
     pub(super) outbox: Arc<Outbox>,
     pub(super) id: ConnectionId,
     pub(super) peer: IpAddr,
+    pub(super) endpoints: Option<Endpoints>,
+    /// Its name in events and traces, while it is open.
+    pub(super) origin: Option<Arc<Origin>>,
     pub(super) phase: Phase,
     pub(super) client: Client,
     pub(super) user: Option<Arc<User>>,
@@ -163,6 +173,8 @@ impl Session {
             outbox,
             id,
             peer,
+            endpoints: None,
+            origin: None,
             phase: Phase::AwaitStartOk,
             client: Client::default(),
             user: None,
@@ -173,7 +185,7 @@ impl Session {
             heartbeat_secs: 0,
             channels: ChannelMap::default(),
             exclusive: Vec::new(),
-            effects: Effects::default(),
+            effects: Effects { on_behalf_of: Some(id), ..Effects::default() },
             settling: SettleBatch::default(),
             partial: None,
             awaiting: None,
@@ -448,6 +460,9 @@ impl Session {
 
     /// Ends a channel's deliveries, consumers and transaction; its unacked messages go back. Its number stays taken.
     pub(super) fn release_channel(&mut self, number: u16) {
+        if self.channels.get(number).is_some_and(|channel| channel.state == ChannelState::Open) {
+            self.note_channel_closed(number);
+        }
         self.undo_settlements(number);
         let remains = self.outbox.close_channel(number);
         if let Some(channel) = self.channels.get_mut(number) {
@@ -471,12 +486,14 @@ impl Session {
     pub fn release(&mut self) {
         let numbers: Vec<u16> = self.channels.iter().map(|(number, _)| number).collect();
         numbers.into_iter().for_each(|number| self.undo_settlements(number));
+        self.note_channels_closed();
         for (_, channel) in self.channels.iter_mut() {
             channel.release(&self.broker);
         }
         for remains in self.outbox.close_channels() {
             self.return_remains(remains);
         }
+        self.effects.on_behalf_of = None; // nobody deletes them
         for queue in std::mem::take(&mut self.exclusive) {
             if let Some(vhost) = &self.vhost {
                 // Cannot be refused: nothing is checked.
@@ -484,5 +501,6 @@ impl Session {
             }
         }
         self.carry_out();
+        self.note_closed();
     }
 }

@@ -113,12 +113,14 @@ impl Session {
         self.client.blocked = capability(properties, "connection.blocked");
         self.client.cancel_notify = capability(properties, "consumer_cancel_notify");
         self.client.failure_close = capability(properties, "authentication_failure_close");
+        self.client.properties = properties.clone();
         if let Some(AMQPValue::LongString(name)) = properties.inner().get("connection_name") {
             self.client.name = name.to_string().chars().take(255).collect();
         }
         let Some(mechanism) = Mechanism::from_name(start_ok.mechanism.as_str()) else {
             return Err(Fault::DropLater(format!("unknown authentication mechanism '{}'", start_ok.mechanism)));
         };
+        self.client.mechanism = Some(mechanism);
         let response = start_ok.response.as_bytes();
         let credentials = match mechanism {
             Mechanism::Plain => sasl::parse_plain(response),
@@ -129,9 +131,11 @@ impl Session {
             Ok(user) => {
                 self.user_name = user.name.as_str().into();
                 self.user = Some(user);
+                self.note_login_accepted(&credentials.user);
             }
             Err(failure) => {
                 tracing::warn!(user = credentials.user, peer = %self.peer, reason = ?failure, "login refused");
+                self.note_login_refused(&credentials.user, &failure);
                 if self.client.failure_close {
                     return Err(Fault::Connection(CloseReason::new(403, &mechanism.refusal_text())));
                 }
@@ -189,6 +193,7 @@ impl Session {
             return Err(fault(format!("access to vhost '{vhost}' refused for user '{user}'")));
         }
         tracing::info!(peer = %self.peer, user = %user, vhost, name = self.client.name, "connection opened");
+        self.note_open(found.clone());
         self.vhost = Some(found);
         self.phase = Phase::Running;
         self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::OpenOk(connection::OpenOk {})));

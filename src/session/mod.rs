@@ -9,6 +9,7 @@ mod channel_map;
 mod close;
 mod confirms;
 mod connection;
+mod events;
 mod frames;
 mod handshake;
 mod methods;
@@ -22,6 +23,7 @@ mod write_buffer;
 pub use self::{
     close::CloseReason,
     connection::{ConnectionContext, Phase, Session, SessionLimits, Step},
+    events::Endpoints,
     handshake::{HeaderAnswer, judge_header},
     outbox::Outbox,
     write_buffer::{WriteBuffer, WriteCursor},

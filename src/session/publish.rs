@@ -62,7 +62,7 @@ impl Session {
         let mut run = Run::new();
         let (names, used) = gather(number, input, self.frame_max, &mut run);
         let Some(vhost) = &self.vhost else { return Ok(None) };
-        if run.is_empty() || ReplyRegistry::is_reply_name(split_names(names).1) {
+        if run.is_empty() || ReplyRegistry::is_reply_name(split_names(names).1) || vhost.is_tracing() {
             return Ok(None);
         }
         let epoch = (vhost.epoch(), self.auth.epoch());
@@ -210,12 +210,18 @@ impl Session {
             extension: &adjusted.extension,
         };
         if exchange.is_empty() && ReplyRegistry::is_reply_name(routing_key) && routing_key != REPLY_TO.as_bytes() {
+            self.trace_reply(number, routing_key, &outgoing);
             return self.publish_reply(number, routing_key, &outgoing, message.mandatory);
         }
         let way = match (cached, adjusted.extra_keys.is_empty()) {
             (Some(route), true) => Way::Queues(route),
             _ => self.find_way(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
         };
+        match &way {
+            Way::Queues(route) => self.trace_publish(number, &outgoing, route),
+            // Where it will go is not known yet.
+            Way::Exchange(_) => self.trace_publish(number, &outgoing, &CachedRoute::default()),
+        }
         self.enqueue(number, way, &outgoing, message.mandatory)
     }
 

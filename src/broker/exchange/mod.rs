@@ -17,6 +17,7 @@ use amq_protocol::types::FieldTable;
 
 use super::arguments::{self as argument_checks, QueueType};
 use super::rules::Deduplication;
+use super::{events::EVENT_EXCHANGE, trace::TRACE_EXCHANGE};
 use crate::model::arguments::{self, InequivalentArgument};
 use crate::model::{Name, ResourceName, erlang, is_reserved};
 
@@ -104,8 +105,15 @@ impl Exchange {
             exchange("amq.topic", Topic, false),
             exchange("amq.headers", Headers, false),
             exchange("amq.match", Headers, false),
-            exchange("amq.rabbitmq.trace", Topic, true),
+            exchange(TRACE_EXCHANGE, Topic, true),
         ]
+    }
+
+    /// The exchange of events, which one vhost has.
+    #[must_use]
+    pub fn of_events() -> Self {
+        let options = ExchangeOptions { durable: true, auto_delete: false, internal: true };
+        Self::new(EVENT_EXCHANGE.into(), ExchangeKind::Topic, options, FieldTable::default())
     }
 
     /// Whether this is the default exchange: it has no name, and every queue is bound to it under its own.

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     broker::{
         memory::MemoryBudget,
-        message::{Body, encode_names},
+        message::{Body, Message, encode_names},
         port::{Delivery, DeliveryWriter},
     },
     store::{CommitHook, Store, StoreOptions},
@@ -259,7 +259,7 @@ fn plain_queue(
     budget: &Arc<MemoryBudget>,
     record: Option<QueueStateRecord>,
 ) -> Arc<Queue> {
-    let environment = Environment::new(store.clone(), budget.clone(), Weak::new());
+    let environment = Environment::new(store.clone(), budget.clone(), Default::default(), Weak::new());
     let records: Vec<(u8, QueueStateRecord)> = record.into_iter().map(|record| (0, record)).collect();
     Queue::recovered(options(durable), QueueTraits::default(), QueueRules::default(), id, environment, &records)
 }
@@ -542,6 +542,7 @@ impl Subject {
         let held = || self.consumers.iter().flat_map(|consumer| &consumer.held).chain(&self.got);
         let expected = Counts {
             waiting: 0,
+            delayed: 0,
             ready: self.ready.len() as u64,
             ready_bytes: self.ready.iter().map(|message| message.bytes as u64).sum(),
             unacked: held().count() as u64,

@@ -50,6 +50,7 @@ impl Vhost {
         let round = self.define(definitions::policy_key(&self.name, kind, &name), definitions::policy_value(&policy));
         tracing::info!(vhost = %self.name, %kind, policy = %name, pattern = policy.pattern.as_str(), "policy set");
         self.policies_changed(topology, effects);
+        self.note_policy_set(&policy, effects.on_behalf_of);
         Ok(round)
     }
 
@@ -71,6 +72,7 @@ impl Vhost {
         self.last_definition.fetch_max(round, Ordering::Relaxed);
         tracing::info!(vhost = %self.name, %kind, policy = name, "policy cleared");
         self.policies_changed(topology, effects);
+        self.note_policy_cleared(kind, name, effects.on_behalf_of);
         Ok(round)
     }
 
@@ -126,6 +128,7 @@ impl Vhost {
             let rules = self.rules_of(&queue.options);
             if queue.rules() != rules {
                 queue.apply_rules(rules, effects);
+                self.note_queue_policy(queue, effects.on_behalf_of);
             }
         }
     }
@@ -136,6 +139,7 @@ impl Vhost {
         for name in names {
             self.apply_to_exchange(topology, &name);
         }
+        self.look_for_listeners(topology);
     }
 
     /// Gives an exchange the alternate that its policies name. The default exchange has none, whatever matches it.

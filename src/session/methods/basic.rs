@@ -120,6 +120,7 @@ impl Session {
         };
         // `consume-ok` goes into the outbox before any delivery can.
         self.outbox.start_consumer(number, slot, Some(consumer), &tag, consume.nowait);
+        self.note_consumer(number, &queue, &tag, prefetch, consume);
         queue.unblock(consumer, &mut self.effects);
         Ok(Answer::None)
     }
@@ -157,6 +158,7 @@ impl Session {
 
     fn end_consumer(&mut self, number: u16, tag: &str) {
         if let Some((Some(queue), Some(consumer))) = self.outbox.remove_consumer(number, tag) {
+            self.note_consumer_gone(number, &queue, tag);
             queue.cancel(consumer, &mut self.effects);
             self.carry_out();
         }
@@ -196,6 +198,9 @@ impl Session {
         };
         let handed = queue.get(&port, Address { channel: number, slot }, no_ack, &mut self.effects);
         self.outbox.end_get(number, slot);
+        if self.outbox.has_traces() {
+            self.effects.wakes.push(port); // where they are published
+        }
         handed
     }
 

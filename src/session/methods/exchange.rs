@@ -74,7 +74,7 @@ impl Session {
             self.check(Access::Read, Resource::Exchange, &name)?;
             self.check(Access::Write, Resource::Exchange, alternate)?;
         }
-        let round = vhost.declare_exchange(exchange)?;
+        let round = vhost.declare_exchange(exchange, self.id)?;
         Ok(Answer::After(round, (!declare.nowait).then(declare_ok)))
     }
 
@@ -83,7 +83,7 @@ impl Session {
         let Some(vhost) = self.vhost.clone() else { return Ok(Answer::None) };
         check_deletable(&name, &vhost.name)?;
         self.check(Access::Configure, Resource::Exchange, &name)?;
-        let round = vhost.delete_exchange(&name, delete.if_unused)?;
+        let round = vhost.delete_exchange(&name, delete.if_unused, self.id)?;
         let answer = AMQPClass::Exchange(exchange::AMQPMethod::DeleteOk(exchange::DeleteOk {}));
         Ok(Answer::After(round, (!delete.nowait).then_some(answer)))
     }

@@ -128,6 +128,7 @@ impl Session {
         }
         self.channels.insert(number, Channel::default());
         self.outbox.open_channel(number);
+        self.note_channel_created(number);
         self.reply(number, &AMQPClass::Channel(channel::AMQPMethod::OpenOk(channel::OpenOk {})));
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::{HIGH_WATER_BYTES, Inner, REPLY_LIMIT_BYTES};
 use crate::{
-    broker::{Address, Body, Delivery, DeliveryWriter, Message, Offer},
+    broker::{Address, Body, Delivery, DeliveryWriter, Message, Offer, OwnedMessage, TracedDelivery, is_traced},
     session::{unacked::Unacked, write_buffer::WriteBuffer},
     wire::{encode, frame::FRAME_END},
 };
@@ -126,13 +126,41 @@ impl Inner {
     }
 }
 
+impl Inner {
+    /// Keeps a copy of a delivery, to be traced once its queue is unlocked.
+    #[cold]
+    fn note_trace(&mut self, delivery: &Delivery<'_>) {
+        let Address { channel, slot } = delivery.to;
+        if !is_traced(&delivery.message) {
+            return;
+        }
+        let slots = self.channels.get_mut(channel).map(|channel| &channel.slots);
+        let Some(Some(slot)) = slots.and_then(|slots| slots.get(slot as usize)) else { return };
+        let queue = match &slot.queue {
+            Some(queue) => queue.options.name.clone(),
+            // A direct reply: the name it was sent to.
+            None => String::from_utf8_lossy(delivery.message.exchange_and_key().1).into(),
+        };
+        let (redelivered, message) = (delivery.redelivered, OwnedMessage::from(&delivery.message));
+        self.traces.push(TracedDelivery { channel, queue, redelivered, message });
+    }
+}
+
 impl DeliveryWriter for Inner {
     #[inline]
     fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer {
-        self.offer(delivery, None)
+        let offer = self.offer(delivery, None);
+        if self.tracing && offer == Offer::Taken {
+            self.note_trace(delivery);
+        }
+        offer
     }
 
     fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer {
-        self.offer(delivery, Some(remaining))
+        let offer = self.offer(delivery, Some(remaining));
+        if self.tracing && offer == Offer::Taken {
+            self.note_trace(delivery);
+        }
+        offer
     }
 }

@@ -24,7 +24,10 @@ use self::{
 };
 use super::{channel_map::ChannelMap, unacked::Unacked, write_buffer::WriteBuffer};
 use crate::{
-    broker::{Address, Broker, ConsumerId, DeliveryWriter, Effects, Message, Port, Queue, Round, WatermarkListener},
+    broker::{
+        Address, Broker, ConsumerId, DeliveryWriter, Effects, EventProperties, Message, Origin, Port, Queue, Round,
+        TracedDelivery, WatermarkListener,
+    },
     model::Name,
     wire::{encode, method},
 };
@@ -47,6 +50,9 @@ struct Inner {
     cancel_notify: bool,
     wake_pending: bool,
     closed: bool,
+    /// The deliveries of the present turn are traced.
+    tracing: bool,
+    traces: Vec<TracedDelivery>,
 }
 
 /// See the module.
@@ -58,6 +64,9 @@ pub struct Outbox {
     /// Channels on which a consumer did not settle in time.
     timed_out: Mutex<Vec<u16>>,
     attention: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    origin: OnceLock<Arc<Origin>>,
+    /// Deliveries were noted that are to be traced.
+    has_traces: AtomicBool,
     broker: Arc<Broker>,
     this: Weak<Outbox>,
 }
@@ -76,12 +85,16 @@ impl Outbox {
                 cancel_notify: false,
                 wake_pending: false,
                 closed: false,
+                tracing: false,
+                traces: Vec::new(),
             }),
             writable: Notify::new(),
             closed: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             timed_out: Mutex::default(),
             attention: OnceLock::new(),
+            origin: OnceLock::new(),
+            has_traces: AtomicBool::new(false),
             broker,
             this: this.clone(),
         })
@@ -90,6 +103,16 @@ impl Outbox {
     /// This outbox as queues see it.
     pub fn port(&self) -> Option<Arc<dyn Port>> {
         self.this.upgrade().map(|this| this as Arc<dyn Port>)
+    }
+
+    /// Gives the connection its name in events and traces.
+    pub fn set_origin(&self, origin: Arc<Origin>) {
+        let _ = self.origin.set(origin);
+    }
+
+    /// Whether [`Port::publish_traces`] has something to do.
+    pub fn has_traces(&self) -> bool {
+        self.has_traces.load(Ordering::Relaxed)
     }
 
     /// Has `call` called when [`Outbox::take_timed_out`] has something to answer.
@@ -412,6 +435,20 @@ impl Outbox {
     }
 }
 
+impl Outbox {
+    /// Notes that a consumer has gone with its queue.
+    fn note_consumer_gone(&self, channel: u16, queue: &Queue, tag: &str) {
+        let (Some(origin), events) = (self.origin.get(), self.broker.events()) else { return };
+        events.note("consumer.deleted", || {
+            EventProperties::default()
+                .text("queue", &*queue.options.name)
+                .text("vhost", &*queue.options.vhost)
+                .text("consumer_tag", tag)
+                .text("channel", events.channel_pid(origin.connection, channel))
+        });
+    }
+}
+
 fn short(text: &str) -> amq_protocol::types::ShortString {
     let cut = &text[..text.floor_char_boundary(255)];
     amq_protocol::types::ShortString::try_new(cut).unwrap_or_default()
@@ -420,13 +457,35 @@ fn short(text: &str) -> amq_protocol::types::ShortString {
 impl Port for Outbox {
     #[inline]
     fn with_writer(&self, write: &mut dyn FnMut(&mut dyn DeliveryWriter)) -> bool {
+        let tracing = self.origin.get().is_some_and(|origin| origin.vhost.is_tracing());
         let mut inner = self.inner.lock();
+        inner.tracing = tracing;
         write(&mut *inner);
-        !inner.out.is_empty() && !std::mem::replace(&mut inner.wake_pending, true)
+        let has_traces = tracing && !inner.traces.is_empty();
+        if has_traces {
+            self.has_traces.store(true, Ordering::Relaxed);
+        }
+        !inner.out.is_empty() && !std::mem::replace(&mut inner.wake_pending, true) || has_traces
     }
 
     fn wake(&self) {
+        if self.has_traces()
+            && let Some(this) = self.port()
+        {
+            self.broker.events().hand_over_traces(this);
+        }
         self.writable.notify_one();
+    }
+
+    fn publish_traces(&self, effects: &mut Effects) -> bool {
+        if !self.has_traces() || !self.has_traces.swap(false, Ordering::Relaxed) {
+            return false;
+        }
+        let traces = std::mem::take(&mut self.inner.lock().traces);
+        if let Some(origin) = self.origin.get() {
+            traces.iter().for_each(|trace| origin.trace_delivery(&self.broker, trace, effects));
+        }
+        !traces.is_empty()
     }
 
     fn consumer_cancelled(&self, to: Address) {
@@ -437,6 +496,9 @@ impl Port for Outbox {
         out.tags.remove(&tag);
         if let Some(Some(slot)) = out.slots.get_mut(to.slot as usize) {
             slot.cancelled = true;
+            if let Some(queue) = &slot.queue {
+                self.note_consumer_gone(to.channel, queue, &tag);
+            }
         }
         out.release_slot(to.slot);
         if inner.cancel_notify {
