@@ -1,7 +1,7 @@
 //! The broker's process: started on a data directory, timed, killed, stopped, and its log watched for what must not be
 //! there.
 
-#![allow(dead_code, reason = "two test programs share it, and each uses a part")]
+#![allow(dead_code, reason = "several test programs share it, and each uses a part")]
 
 use std::{
     io::{BufRead, BufReader},
@@ -82,6 +82,10 @@ impl Broker {
     /// Whether the process has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Resident memory in KiB.
