@@ -13,6 +13,10 @@ mod broker;
 mod client;
 #[path = "crash_features/dead_letters.rs"]
 mod dead_letters;
+#[path = "crash_features/delays.rs"]
+mod delays;
+#[path = "crash_features/duplicates.rs"]
+mod duplicates;
 #[path = "crash/facts.rs"]
 #[allow(dead_code, reason = "two test programs share it, and each uses a part")]
 mod facts;

@@ -10,6 +10,8 @@
 mod broker;
 #[path = "crash/client.rs"]
 mod client;
+#[path = "scale/delays.rs"]
+mod delays;
 #[path = "scale/figures.rs"]
 mod figures;
 #[path = "scale/groups.rs"]

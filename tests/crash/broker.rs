@@ -74,9 +74,14 @@ impl Broker {
 
     /// `kill -9`.
     pub fn kill(mut self) -> Vec<String> {
+        self.kill_and_wait();
+        std::mem::take(&mut *self.complaints.lock().unwrap())
+    }
+
+    /// [`Broker::kill`] of a broker that somebody else holds.
+    pub fn kill_and_wait(&mut self) {
         self.child.kill().expect("the broker was running");
         self.child.wait().expect("it was our child");
-        std::mem::take(&mut *self.complaints.lock().unwrap())
     }
 
     /// Whether the process has ended by itself.
