@@ -12,6 +12,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/leveret
 CRASH_ROUNDS ?= 200
+CRASH_FEATURE_ROUNDS ?= 50
 FUZZ_SECONDS ?= 600
 ARGS ?=
 PEERS ?=
@@ -81,8 +82,13 @@ interop: build python-deps ## Stock clients against a fresh broker (or against A
 	fi
 
 .PHONY: crash-test
-crash-test: deps ## Kill the broker under load, again and again (CRASH_ROUNDS=200)
+crash-test: deps ## Kill the broker under load, again and again (CRASH_ROUNDS=200, CRASH_FEATURE_ROUNDS=50)
 	CRASH_ROUNDS=$(CRASH_ROUNDS) cargo test $(CARGO_FLAGS) --test crash -- --nocapture
+	CRASH_FEATURE_ROUNDS=$(CRASH_FEATURE_ROUNDS) cargo test $(CARGO_FLAGS) --test crash_features -- --nocapture
+
+.PHONY: scale
+scale: deps ## Millions of messages with priorities, groups, delays, and in streams: order, rates, lateness, memory
+	SCALE=full cargo test $(CARGO_FLAGS) --test scale -- --nocapture --test-threads 1
 
 .PHONY: fuzz
 fuzz: deps ## Feed random frames, tables and properties to the parsers (FUZZ_SECONDS=600)

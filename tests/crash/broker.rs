@@ -1,7 +1,7 @@
 //! The broker's process: started on a data directory, timed, killed, stopped, and its log watched for what must not be
 //! there.
 
-#![allow(dead_code, reason = "two test programs share it, and each uses a part")]
+#![allow(dead_code, reason = "several test programs share it, and each uses a part")]
 
 use std::{
     io::{BufRead, BufReader},
@@ -74,14 +74,23 @@ impl Broker {
 
     /// `kill -9`.
     pub fn kill(mut self) -> Vec<String> {
+        self.kill_and_wait();
+        std::mem::take(&mut *self.complaints.lock().unwrap())
+    }
+
+    /// [`Broker::kill`] of a broker that somebody else holds.
+    pub fn kill_and_wait(&mut self) {
         self.child.kill().expect("the broker was running");
         self.child.wait().expect("it was our child");
-        std::mem::take(&mut *self.complaints.lock().unwrap())
     }
 
     /// Whether the process has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Resident memory in KiB.

@@ -2,7 +2,7 @@
 //! a test of lost messages needs, and it never retries behind the test's back. Methods are `amq-protocol`'s, so that the
 //! broker's own encoder is not its judge.
 
-#![allow(dead_code, reason = "two test programs share it, and each uses a part")]
+#![allow(dead_code, reason = "several test programs share it, and each uses a part")]
 
 use std::{
     collections::VecDeque,
@@ -157,6 +157,11 @@ impl Client {
     /// The socket, for whoever is to cut it.
     pub fn socket(&self) -> io::Result<TcpStream> {
         self.stream.try_clone()
+    }
+
+    /// The socket, and what was read from it and not looked at: for whoever reads frames by other means from here on.
+    pub fn into_parts(mut self) -> (TcpStream, Vec<u8>) {
+        (self.stream, self.input.split_off(self.at))
     }
 
     pub fn open_channel(&mut self, channel: u16) -> Answer<()> {
@@ -378,6 +383,12 @@ impl Client {
         }
     }
 
+    /// Declares a durable queue with arguments.
+    pub fn declare_queue_with(&mut self, name: &str, arguments: FieldTable) -> Answer<()> {
+        let declare = queue::Declare { queue: name.into(), durable: true, arguments, ..queue::Declare::default() };
+        self.call(1, AMQPClass::Queue(queue::AMQPMethod::Declare(declare)), (50, 11), "queue.declare-ok").map(drop)
+    }
+
     pub fn delete_queue(&mut self, name: &str) -> Answer<()> {
         let delete = queue::Delete { queue: name.into(), ..queue::Delete::default() };
         self.call(1, AMQPClass::Queue(queue::AMQPMethod::Delete(delete)), (50, 41), "queue.delete-ok").map(drop)
@@ -397,6 +408,19 @@ impl Client {
             kind: kind.into(),
             durable: true,
             passive,
+            ..exchange::Declare::default()
+        };
+        self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)), (40, 11), "exchange.declare-ok")
+            .map(drop)
+    }
+
+    /// Declares a durable exchange with arguments.
+    pub fn declare_exchange_with(&mut self, name: &str, kind: &str, arguments: FieldTable) -> Answer<()> {
+        let declare = exchange::Declare {
+            exchange: name.into(),
+            kind: kind.into(),
+            durable: true,
+            arguments,
             ..exchange::Declare::default()
         };
         self.call(1, AMQPClass::Exchange(exchange::AMQPMethod::Declare(declare)), (40, 11), "exchange.declare-ok")
@@ -430,11 +454,25 @@ impl Client {
     }
 
     pub fn consume(&mut self, queue: &str, no_ack: bool, prefetch: u16) -> Answer<()> {
-        let qos = basic::Qos { prefetch_count: prefetch, global: false };
-        self.call(1, AMQPClass::Basic(basic::AMQPMethod::Qos(qos)), (60, 11), "basic.qos-ok")?;
-        let consume =
-            basic::Consume { queue: queue.into(), consumer_tag: "c".into(), no_ack, ..basic::Consume::default() };
+        self.consume_with(queue, no_ack, prefetch, FieldTable::default())
+    }
+
+    pub fn consume_with(&mut self, queue: &str, no_ack: bool, prefetch: u16, arguments: FieldTable) -> Answer<()> {
+        self.qos(prefetch)?;
+        let consume = basic::Consume {
+            queue: queue.into(),
+            consumer_tag: "c".into(),
+            no_ack,
+            arguments,
+            ..basic::Consume::default()
+        };
         self.call(1, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)), (60, 21), "basic.consume-ok").map(drop)
+    }
+
+    /// Sets the prefetch of the consumers to come. When it is answered, what was sent before was handled.
+    pub fn qos(&mut self, prefetch: u16) -> Answer<()> {
+        let qos = basic::Qos { prefetch_count: prefetch, global: false };
+        self.call(1, AMQPClass::Basic(basic::AMQPMethod::Qos(qos)), (60, 11), "basic.qos-ok").map(drop)
     }
 
     pub fn cancel(&mut self) -> Answer<()> {
@@ -461,14 +499,17 @@ impl Client {
     }
 
     pub fn queue_requeue(&mut self, tag: u64) {
-        self.queue_method(
-            1,
-            AMQPClass::Basic(basic::AMQPMethod::Nack(basic::Nack {
-                delivery_tag: tag,
-                multiple: false,
-                requeue: true,
-            })),
-        );
+        self.queue_nack(tag, true);
+    }
+
+    pub fn queue_nack(&mut self, tag: u64, requeue: bool) {
+        let nack = basic::Nack { delivery_tag: tag, multiple: false, requeue };
+        self.queue_method(1, AMQPClass::Basic(basic::AMQPMethod::Nack(nack)));
+    }
+
+    pub fn queue_reject(&mut self, tag: u64, requeue: bool) {
+        let reject = basic::Reject { delivery_tag: tag, requeue };
+        self.queue_method(1, AMQPClass::Basic(basic::AMQPMethod::Reject(reject)));
     }
 
     /// Says goodbye and waits for the answer, so that everything sent before was handled.

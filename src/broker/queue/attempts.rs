@@ -50,13 +50,17 @@ impl Attempts {
         self.entries.get(&position).copied()
     }
 
-    /// Counts a return; answers the new counts.
-    pub fn count(&mut self, position: u64, failed: bool) -> Attempt {
+    /// The failed deliveries a message has behind it.
+    pub fn failures(&self, position: u64) -> u32 {
+        self.get(position).map_or(0, |attempt| u32::from(attempt.failed))
+    }
+
+    /// Counts a return.
+    pub fn count(&mut self, position: u64, failed: bool) {
         self.dirty.insert(position / SEGMENT_RECORDS);
         let attempt = self.entries.entry(position).or_default();
         attempt.returned = attempt.returned.saturating_add(1);
         attempt.failed = attempt.failed.saturating_add(u16::from(failed));
-        *attempt
     }
 
     /// Notes what a message that comes from another queue has behind it.

@@ -99,12 +99,13 @@ impl QueueState {
 }
 
 impl Queue {
-    /// Gives a held message up: dead-letters it, or consumes it where nothing is to be done with dead letters.
+    /// Gives a held message up: dead-letters it, or consumes it where nothing is to be done with dead letters. `failures` are
+    /// the failed deliveries it has behind it.
     fn bury(
         self: &Arc<Self>,
         state: &mut QueueState,
         delivery: &Settled,
-        reason: DeathReason,
+        (reason, failures): (DeathReason, u32),
         message: Option<OwnedMessage>,
         effects: &mut Effects,
     ) {
@@ -116,7 +117,6 @@ impl Queue {
             let (lane, seq) = state.lanes.find(delivery.seq)?;
             lane.log.message(seq).as_ref().map(OwnedMessage::from)
         });
-        let failures = state.attempts.get(delivery.seq).map_or(0, |attempt| u32::from(attempt.failed));
         effects.dead.push(DyingMessage {
             queue: self.clone(),
             deliveries: failures,
@@ -167,7 +167,8 @@ impl Queue {
         let body_bytes = message.body.len() as u32;
         if !consumed {
             let delivery = Settled { seq: queue_position(level, seq), body_bytes, persistent: message.persistent };
-            self.bury(state, &delivery, reason, Some(message), effects);
+            let failures = state.attempts.failures(delivery.seq);
+            self.bury(state, &delivery, (reason, failures), Some(message), effects);
         } else if self.keeps_dead(state, reason) {
             effects.dead.push(DyingMessage {
                 queue: self.clone(),
@@ -190,7 +191,8 @@ impl Queue {
     /// Ends the parked messages that were found to have expired.
     pub(super) fn bury_expired_parked(self: &Arc<Self>, state: &mut QueueState, effects: &mut Effects) {
         for delivery in std::mem::take(&mut state.expired_parked) {
-            self.bury(state, &delivery, DeathReason::Expired, None, effects);
+            let failures = state.attempts.failures(delivery.seq);
+            self.bury(state, &delivery, (DeathReason::Expired, failures), None, effects);
         }
     }
 
@@ -280,7 +282,8 @@ impl Queue {
                     if how == Settlement::Rejected && state.counts_attempts() {
                         state.attempts.count(delivery.seq, true);
                     }
-                    self.bury(state, delivery, DeathReason::Rejected, None, effects);
+                    let failures = state.attempts.failures(delivery.seq);
+                    self.bury(state, delivery, (DeathReason::Rejected, failures), None, effects);
                 }
                 _ => self.put_back(state, delivery, how, now, effects),
             }
@@ -306,15 +309,17 @@ impl Queue {
             state.give_back(delivery);
             return;
         }
-        let attempt = state.attempts.count(delivery.seq, failed);
-        let failures = u32::from(attempt.failed);
+        let failures = state.attempts.failures(delivery.seq) + u32::from(failed);
         let beyond_limit = state.rules.delivery_limit.is_some_and(|limit| failures > limit);
         let beyond_retries = state.rules.retry.is_some_and(|retry| failures > retry.max);
         if failed && (beyond_limit || beyond_retries) {
             tracing::warn!(queue = %self.options.name, vhost = %self.options.vhost, failures, "a message has failed too often and leaves its queue");
-            self.bury(state, delivery, DeathReason::DeliveryLimit, None, effects);
+            // The last failure is not counted: were it stored before the dead letter is, a broker that ends in between would
+            // deliver the message again, beyond its limit.
+            self.bury(state, delivery, (DeathReason::DeliveryLimit, failures), None, effects);
             return;
         }
+        state.attempts.count(delivery.seq, failed);
         let delay_ms = backoff_ms(state, failures, failed);
         if delay_ms > 0 {
             let due = now_unix_ms + delay_ms;
