@@ -21,6 +21,7 @@ mod consumers;
 mod durable;
 mod grouped;
 pub(super) mod groups;
+mod handout;
 mod lane;
 mod lanes;
 mod leaving;

@@ -21,16 +21,13 @@ use crate::{
         extension::{self, Extension},
         memory::MemoryBudget,
         message::{Message, OwnedMessage},
-        port::{Address, Delivery, Effects, Offer, Port},
+        port::{Address, Delivery, Offer, Port},
         rules::{QueueRules, QueueTraits},
     },
     clock,
     model::properties::Properties,
     store::{QueueId, Round},
 };
-
-/// Deliveries in one go before the lock is given up.
-const DELIVERY_BUDGET: usize = 16 << 10;
 
 /// The backlog of a queue with consumers from which on its publishers are slowed down.
 const CONGESTED_MESSAGES: u64 = 32 << 10;
@@ -84,7 +81,7 @@ pub(super) struct QueueState {
     /// Parked messages that have expired and are to be buried.
     pub expired_parked: Vec<Settled>,
     /// Returned messages in the order of their return, where that is the order of redelivery (quorum-type queues).
-    return_order: VecDeque<u64>,
+    pub return_order: VecDeque<u64>,
     /// The round that will take the present changes, once the queue is on the store's list.
     pub dirty: Option<Round>,
     /// The earliest instant at which something has to be done, as far as is known; `u64::MAX` for none.
@@ -274,7 +271,7 @@ impl QueueState {
     }
 
     /// The level whose turn it is because a message was returned to it first, with that message.
-    fn next_returned(&mut self) -> Option<(u8, u64)> {
+    pub(super) fn next_returned(&mut self) -> Option<(u8, u64)> {
         while let Some(&position) = self.return_order.front() {
             let (level, seq) = lane_position(position);
             if self.lanes.find(position).is_some_and(|(lane, seq)| lane.log.is_returned(seq)) {
@@ -320,151 +317,12 @@ impl QueueState {
     }
 
     /// Drops a returned position whose record cannot be read.
-    fn lose(&mut self, level: u8, seq: u64) {
+    pub(super) fn lose(&mut self, level: u8, seq: u64) {
         let lane = self.lanes.at_level(level);
         if !lane.log.take_out(seq) {
             lane.log.consume(seq);
         }
         lane.consumption_unwritten = true;
-    }
-
-    /// Hands messages that have just arrived straight to no-ack consumers while nothing is ready before them, so that
-    /// they never enter the log. Answers how many were taken.
-    pub(super) fn pass_through(&mut self, messages: &[Message<'_>], effects: &mut Effects) -> usize {
-        let mut taken = 0;
-        while taken < messages.len() {
-            let Some((consumer, alone)) = self.consumers.current() else { break };
-            if !consumer.no_ack {
-                break;
-            }
-            let run = if alone { messages.len() } else { taken + 1 };
-            let (to, mut last) = (consumer.address, Offer::Taken);
-            let wake = consumer.port.with_writer(&mut |writer| {
-                while taken < run {
-                    last = writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: messages[taken] });
-                    if last != Offer::Taken {
-                        return;
-                    }
-                    taken += 1;
-                }
-            });
-            if wake {
-                effects.wakes.push(consumer.port.clone());
-            }
-            match last {
-                Offer::Taken => self.consumers.end_turn(),
-                Offer::Blocked | Offer::Gone => self.consumers.block_current(),
-            }
-        }
-        taken
-    }
-
-    /// Offers ready messages to consumers that can take them, round robin within the highest priority.
-    ///
-    /// Hot path: under the queue's lock; takes the outbox of the consumer whose turn it is, once for a whole run while
-    /// it is the only one ready.
-    pub(super) fn deliver_ready(&mut self, now_unix_ms: u64, effects: &mut Effects) -> Turn {
-        if self.deleted {
-            return Turn::Idle;
-        }
-        if self.groups.is_some() {
-            return self.deliver_grouped(now_unix_ms, effects);
-        }
-        let mut budget = DELIVERY_BUDGET;
-        loop {
-            if budget == 0 {
-                return Turn::Again;
-            }
-            let returned = if self.return_order.is_empty() { None } else { self.next_returned() };
-            let consumer_id = if self.checkouts.is_some() { self.consumers.current_id() } else { None };
-            let lane = match returned {
-                Some((level, _)) => self.lanes.at_level(level),
-                None => match self.lanes.first_ready() {
-                    Some(lane) => lane,
-                    None => return Turn::Idle,
-                },
-            };
-            let Some((consumer, alone)) = self.consumers.current() else { return Turn::Idle };
-            let run = if alone && returned.is_none() { budget } else { 1 };
-            let level = lane.level;
-            let timeout_ms = consumer.timeout_ms.or(self.rules.consumer_timeout_ms);
-            let shows_attempts = !self.attempts.is_empty() && (self.checkouts.is_some() || self.rules.retry.is_some());
-            let mut handed = HandedOut::default();
-            let (mut last, mut ended) = (Offer::Taken, None);
-            let (log, written_to) = (&mut lane.log, lane.written_to);
-            let (attempts, checkouts, decorated) = (&self.attempts, &mut self.checkouts, &mut self.decorated);
-            let wake = consumer.port.clone().with_writer(&mut |writer| {
-                while handed.messages < run {
-                    let peek = match returned {
-                        None => log.peek(&mut handed.lost),
-                        Some((_, seq)) => log.peek_returned(seq),
-                    };
-                    let (seq, redelivered, mut message) = match peek {
-                        Peek::Ready { seq, redelivered, message } => (seq, redelivered, message),
-                        Peek::Absent(seq) => {
-                            ended = Some(Turn::Absent { level, seq });
-                            return;
-                        }
-                        Peek::Empty => return,
-                    };
-                    if !message.extension.is_empty()
-                        && extension::expires_unix_ms(message.extension).is_some_and(|expires| expires < now_unix_ms)
-                    {
-                        ended = Some(Turn::Expired { level, seq });
-                        return;
-                    }
-                    let position = queue_position(level, seq);
-                    if shows_attempts {
-                        decorate_attempts(attempts, position, &mut message, decorated);
-                    }
-                    let body_bytes = message.body.len() as u64;
-                    let persistent = message.persistent;
-                    let to = consumer.address;
-                    last = writer.deliver(&Delivery {
-                        to,
-                        seq: position,
-                        redelivered: redelivered || failed_before(&message),
-                        message,
-                    });
-                    if last != Offer::Taken {
-                        return;
-                    }
-                    log.take(seq, redelivered);
-                    handed.add(seq, body_bytes, persistent, consumer.no_ack, written_to);
-                    if consumer.no_ack {
-                        log.consume(seq);
-                    } else if let Some(checkouts) = checkouts {
-                        let deadline = timeout_ms.map_or(u64::MAX, |timeout| now_unix_ms.saturating_add(timeout));
-                        checkouts.begin(position, consumer_id, deadline, body_bytes as u32, persistent);
-                    }
-                    if !consumer.delivered() {
-                        return;
-                    }
-                }
-            });
-            if wake {
-                effects.wakes.push(consumer.port.clone());
-            }
-            let no_ack = consumer.no_ack;
-            budget = budget.saturating_sub(handed.messages.max(1));
-            match last {
-                Offer::Taken => self.consumers.end_turn(),
-                Offer::Blocked | Offer::Gone => self.consumers.block_current(),
-            }
-            lane.account(&handed, no_ack);
-            if !no_ack {
-                self.unacked.add(handed.messages as u64, handed.bytes);
-            }
-            if let Some(checkouts) = &self.checkouts {
-                self.wake_at_unix_ms = self.wake_at_unix_ms.min(checkouts.next_deadline_unix_ms());
-            }
-            if let Some(turn) = ended {
-                return turn;
-            }
-            if let (Some((level, seq)), 0, Offer::Taken) = (returned, handed.messages, last) {
-                self.lose(level, seq);
-            }
-        }
     }
 
     /// Hands the message that [`QueueState::next_for_get`] has just shown to a `basic.get`.
@@ -643,7 +501,7 @@ impl QueueState {
 
 /// Whether a message was dead-lettered after a failed delivery: it counts as redelivered from the start, as in RabbitMQ.
 #[inline]
-fn failed_before(message: &Message<'_>) -> bool {
+pub(super) fn failed_before(message: &Message<'_>) -> bool {
     !message.extension.is_empty() && Extension::parse(message.extension).deliveries > 0
 }
 

@@ -64,6 +64,7 @@ fn wait(client: &Counter, count: u64) {
 
 #[test]
 #[ignore = "takes minutes and a gigabyte of disk"]
+#[expect(clippy::too_many_lines, reason = "one measurement after the other")]
 fn five_million_messages_and_a_hundred_readers() {
     const MESSAGES: u64 = 5_000_000;
     let mut world = World::new(StreamRules { segment_bytes: Some(50_000_000), ..StreamRules::default() });
