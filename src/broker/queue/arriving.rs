@@ -165,7 +165,8 @@ impl Queue {
             Admitted::Yes(admission) => admission,
             Admitted::Duplicate(round) => return Outcome::Accepted(round),
         };
-        let due = self.delays.as_ref().and_then(|delays| Some((delays, due_unix_ms(&properties, now)?)));
+        let due =
+            self.delays.as_ref().and_then(|delays| Some((delays, due_unix_ms(&properties, clock::ceil_unix_ms())?)));
         let outcome = match due {
             Some((delays, due)) => {
                 let round = delays.push(due, message);
