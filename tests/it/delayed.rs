@@ -336,7 +336,10 @@ async fn thousands_of_delayed_messages_come_once_each() {
     const MESSAGES: i32 = 3_000;
     for number in 0..MESSAGES {
         let delay = delay(1 + number % 500);
-        client.basic_publish("x".into(), "".into(), Default::default(), number.to_string().as_bytes(), delay).await.unwrap();
+        client
+            .basic_publish("x".into(), "".into(), Default::default(), number.to_string().as_bytes(), delay)
+            .await
+            .unwrap();
     }
     eventually("all came", async || (broker.counts("plain").ready == MESSAGES as u64).then_some(())).await;
     assert_eq!(count(&broker, &exchange("x")), 0);
