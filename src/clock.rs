@@ -10,6 +10,13 @@ pub fn now_unix_ms() -> u64 {
     coarse_unix_ms().unwrap_or_else(precise_unix_ms)
 }
 
+/// Milliseconds since 1970 by the precise clock, rounded up. What is due so long after this and awaited by [`now_unix_ms`]
+/// is never early.
+#[must_use]
+pub fn ceil_unix_ms() -> u64 {
+    precise_unix_ms() + 1
+}
+
 #[cfg(target_os = "linux")]
 fn coarse_unix_ms() -> Option<u64> {
     use rustix::time::{ClockId, clock_gettime};
@@ -41,5 +48,6 @@ mod tests {
         let now = now_unix_ms();
         let after = precise_unix_ms();
         assert!(now + 100 >= before && now <= after, "{before} {now} {after}");
+        assert!(ceil_unix_ms() > after);
     }
 }

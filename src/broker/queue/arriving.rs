@@ -7,7 +7,7 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{Outcome, Queue, record, state::QueueState};
+use super::{Outcome, Queue, lanes::queue_position, record, state::QueueState};
 use crate::{
     broker::{
         dead_letter,
@@ -15,8 +15,9 @@ use crate::{
         delay::{DelayOwner, Delays, Origin, RELEASE_BATCH, with_released},
         delay_headers::due_unix_ms,
         environment::Environment,
+        extension::Extension,
         message::Message,
-        port::Effects,
+        port::{Delivery, Effects, Offer},
         rules::{Overflow, QueueTraits},
     },
     clock,
@@ -165,7 +166,8 @@ impl Queue {
             Admitted::Yes(admission) => admission,
             Admitted::Duplicate(round) => return Outcome::Accepted(round),
         };
-        let due = self.delays.as_ref().and_then(|delays| Some((delays, due_unix_ms(&properties, now)?)));
+        let due =
+            self.delays.as_ref().and_then(|delays| Some((delays, due_unix_ms(&properties, clock::ceil_unix_ms())?)));
         let outcome = match due {
             Some((delays, due)) => {
                 let round = delays.push(due, message);
@@ -243,5 +245,93 @@ impl DelayOwner for Queue {
             });
         });
         delays.next_due()
+    }
+}
+
+impl QueueState {
+    /// Whether messages that have just arrived may go straight to a consumer.
+    #[inline]
+    pub(super) fn may_pass_through(&self) -> bool {
+        !self.consumers.is_empty() && self.groups.is_none() && !self.lanes.has_ready()
+    }
+
+    /// Hands messages that have just arrived straight to no-ack consumers while nothing is ready before them, so that
+    /// they never enter the log. Answers how many were taken.
+    pub(super) fn pass_through(&mut self, messages: &[Message<'_>], effects: &mut Effects) -> usize {
+        let mut taken = 0;
+        while taken < messages.len() {
+            let Some((consumer, alone)) = self.consumers.current() else { break };
+            if !consumer.no_ack {
+                break;
+            }
+            let run = if alone { messages.len() } else { taken + 1 };
+            let (to, mut last) = (consumer.address, Offer::Taken);
+            let wake = consumer.port.with_writer(&mut |writer| {
+                while taken < run {
+                    last = writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: messages[taken] });
+                    if last != Offer::Taken {
+                        return;
+                    }
+                    taken += 1;
+                }
+            });
+            if wake {
+                effects.wakes.push(consumer.port.clone());
+            }
+            match last {
+                Offer::Taken => self.consumers.end_turn(),
+                Offer::Blocked | Offer::Gone => self.consumers.block_current(),
+            }
+        }
+        taken
+    }
+
+    /// A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
+    #[inline]
+    pub(super) fn persists(&self, message: &Message<'_>) -> bool {
+        (message.persistent || self.checkouts.is_some()) && self.durable
+    }
+
+    #[inline]
+    pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
+        let persistent = self.persists(message);
+        let message = Message { persistent, ..*message };
+        let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
+        if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
+            let lane = self.lanes.at_level(level);
+            lane.log.append(&message, now_unix_ms, expected_bytes);
+            lane.appended(message.body.len() as u64, persistent);
+        } else {
+            self.append_extended(level, &message, now_unix_ms, expected_bytes);
+        }
+    }
+
+    fn append_extended(&mut self, level: u8, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
+        let mut extension = Extension::parse(message.extension);
+        // Who has no time at all may still be taken by a consumer that is ready now.
+        extension.expires_unix_ms = extension.expires_unix_ms.map(|expires| expires.max(now_unix_ms));
+        let by_queue = self.rules.message_ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
+        extension.expires_unix_ms = match (extension.expires_unix_ms, by_queue) {
+            (Some(own), Some(queue)) => Some(own.min(queue)),
+            (own, queue) => own.or(queue),
+        };
+        if let Some(expires) = extension.expires_unix_ms {
+            self.wake_at_unix_ms = self.wake_at_unix_ms.min(expires);
+        }
+        let deliveries = extension.deliveries;
+        let extension = extension.encode();
+        let message = Message { extension: &extension, ..*message };
+        let quorum = self.is_quorum();
+        let lane = self.lanes.at_level(level);
+        let seq = lane.log.append(&message, now_unix_ms, expected_bytes);
+        if deliveries > 0 && quorum {
+            self.attempts.seed(queue_position(level, seq), deliveries);
+        }
+        lane.appended(message.body.len() as u64, message.persistent);
+    }
+
+    fn level_of(&self, properties: &[u8]) -> u8 {
+        let priority = Properties::parse(properties).ok().and_then(|view| view.priority());
+        priority.unwrap_or(self.traits.default_priority).min(self.traits.max_priority)
     }
 }

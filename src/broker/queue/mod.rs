@@ -498,7 +498,8 @@ impl Queue {
         if let Some(delays) = &self.delays {
             delays.close();
         }
-        if self.is_particular && !deleted.in_store.contains(&self.id) {
+        let has_notes = self.delays.is_some() || (self.is_particular && self.options.durable);
+        if has_notes && !deleted.in_store.contains(&self.id) {
             deleted.in_store.push(self.id);
         }
         Ok(Some(deleted))

@@ -25,7 +25,6 @@ use crate::{
         rules::{QueueRules, QueueTraits},
     },
     clock,
-    model::properties::Properties,
     store::{QueueId, Round},
 };
 
@@ -149,7 +148,7 @@ impl QueueState {
         }
     }
 
-    fn is_quorum(&self) -> bool {
+    pub(super) fn is_quorum(&self) -> bool {
         self.checkouts.is_some()
     }
 
@@ -199,61 +198,6 @@ impl QueueState {
 
     fn parked(&self) -> Tally {
         self.groups.as_ref().map_or(Tally::default(), |groups| groups.parked)
-    }
-
-    /// Whether messages that have just arrived may go straight to a consumer.
-    #[inline]
-    pub(super) fn may_pass_through(&self) -> bool {
-        !self.consumers.is_empty() && self.groups.is_none() && !self.lanes.has_ready()
-    }
-
-    /// A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
-    #[inline]
-    pub(super) fn persists(&self, message: &Message<'_>) -> bool {
-        (message.persistent || self.checkouts.is_some()) && self.durable
-    }
-
-    #[inline]
-    pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
-        let persistent = self.persists(message);
-        let message = Message { persistent, ..*message };
-        let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
-        if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
-            let lane = self.lanes.at_level(level);
-            lane.log.append(&message, now_unix_ms, expected_bytes);
-            lane.appended(message.body.len() as u64, persistent);
-        } else {
-            self.append_extended(level, &message, now_unix_ms, expected_bytes);
-        }
-    }
-
-    fn append_extended(&mut self, level: u8, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
-        let mut extension = Extension::parse(message.extension);
-        // Who has no time at all may still be taken by a consumer that is ready now.
-        extension.expires_unix_ms = extension.expires_unix_ms.map(|expires| expires.max(now_unix_ms));
-        let by_queue = self.rules.message_ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
-        extension.expires_unix_ms = match (extension.expires_unix_ms, by_queue) {
-            (Some(own), Some(queue)) => Some(own.min(queue)),
-            (own, queue) => own.or(queue),
-        };
-        if let Some(expires) = extension.expires_unix_ms {
-            self.wake_at_unix_ms = self.wake_at_unix_ms.min(expires);
-        }
-        let deliveries = extension.deliveries;
-        let extension = extension.encode();
-        let message = Message { extension: &extension, ..*message };
-        let quorum = self.is_quorum();
-        let lane = self.lanes.at_level(level);
-        let seq = lane.log.append(&message, now_unix_ms, expected_bytes);
-        if deliveries > 0 && quorum {
-            self.attempts.seed(queue_position(level, seq), deliveries);
-        }
-        lane.appended(message.body.len() as u64, message.persistent);
-    }
-
-    fn level_of(&self, properties: &[u8]) -> u8 {
-        let priority = Properties::parse(properties).ok().and_then(|view| view.priority());
-        priority.unwrap_or(self.traits.default_priority).min(self.traits.max_priority)
     }
 
     #[inline]

@@ -86,7 +86,7 @@ impl Passage<'_> {
             }
         }
         if let (Some(delays), false) = (&state.delays, came_back)
-            && let Some(due) = due_unix_ms(&self.properties, self.now_unix_ms)
+            && let Some(due) = due_unix_ms(&self.properties, clock::ceil_unix_ms())
         {
             let round = delays.push(due, self.message);
             self.round = self.round.max(if persistent { round } else { 0 });

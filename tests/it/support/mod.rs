@@ -9,7 +9,7 @@ pub mod program;
 use std::{future::Future, time::Duration};
 
 use amq_protocol::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, message::BasicGetMessage, options::*};
+use lapin::{BasicProperties, Channel, Confirmation, ExchangeKind, message::BasicGetMessage, options::*};
 
 pub use broker::TestBroker;
 pub use login::Login;
@@ -69,6 +69,57 @@ pub async fn publish_confirmed(channel: &Channel, queue: &str, body: &[u8]) {
         .unwrap();
     let confirmation = within("confirm", sent).await.unwrap();
     assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
+}
+
+/// Declares a durable queue with arguments.
+pub async fn declare_with(channel: &Channel, queue: &str, arguments: FieldTable) {
+    let options = QueueDeclareOptions { durable: true, ..Default::default() };
+    channel.queue_declare(queue.into(), options, arguments).await.unwrap();
+}
+
+/// Declares a durable exchange with arguments.
+pub async fn declare_exchange(channel: &Channel, exchange: &str, kind: &str, arguments: FieldTable) {
+    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let kind = ExchangeKind::Custom(kind.into());
+    channel.exchange_declare(exchange.into(), kind, options, arguments).await.unwrap();
+}
+
+/// Binds a queue to an exchange.
+pub async fn bind(channel: &Channel, queue: &str, exchange: &str, key: &str) {
+    let (options, arguments) = Default::default();
+    channel.queue_bind(queue.into(), exchange.into(), key.into(), options, arguments).await.unwrap();
+}
+
+/// Publishes with confirms; whether the broker confirmed it without returning it, returned it, or nacked it.
+pub async fn publish_with(
+    channel: &Channel,
+    (exchange, key): (&str, &str),
+    properties: BasicProperties,
+    body: &str,
+) -> Confirmation {
+    let options = BasicPublishOptions { mandatory: true, ..Default::default() };
+    let sent = channel.basic_publish(exchange.into(), key.into(), options, body.as_bytes(), properties).await.unwrap();
+    within("confirm", sent).await.unwrap()
+}
+
+/// A persistent message's properties with headers.
+pub fn headed<'a>(headers: impl IntoIterator<Item = (&'a str, AMQPValue)>) -> BasicProperties {
+    persistent().with_headers(table(headers))
+}
+
+/// Waits for the message at the head of a queue, and takes it.
+pub async fn take(channel: &Channel, queue: &str) -> BasicGetMessage {
+    eventually("a message", async || channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap())
+        .await
+}
+
+/// The bodies in a queue, taken out.
+pub async fn drain(channel: &Channel, queue: &str) -> Vec<String> {
+    let mut bodies = Vec::new();
+    while let Some(message) = channel.basic_get(queue.into(), BasicGetOptions { no_ack: true }).await.unwrap() {
+        bodies.push(String::from_utf8_lossy(&message.data).into_owned());
+    }
+    bodies
 }
 
 /// The message at the head of a queue, to be acked by the caller.
