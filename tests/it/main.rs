@@ -14,6 +14,7 @@ mod confirm;
 mod connection;
 mod consume;
 mod durability;
+mod events;
 mod exchange;
 mod exchange_types;
 mod frames;
