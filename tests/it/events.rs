@@ -188,8 +188,7 @@ async fn a_queue_of_traces_and_other_messages_ends_up_with_each_once() {
         publish_confirmed(&publisher, "mixed", b"m").await;
     }
     let no_ack = BasicConsumeOptions { no_ack: true, ..Default::default() };
-    let mut consumer =
-        reader.basic_consume("mixed".into(), "c".into(), no_ack, FieldTable::default()).await.unwrap();
+    let mut consumer = reader.basic_consume("mixed".into(), "c".into(), no_ack, FieldTable::default()).await.unwrap();
     // Each message, the trace of its publish, and the trace of its delivery.
     let mut counts = std::collections::BTreeMap::<String, u32>::new();
     for _ in 0..60 {
