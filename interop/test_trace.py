@@ -1,7 +1,11 @@
 """The firehose: while tracing is on, amq.rabbitmq.trace gets a copy of every message that is published or delivered.
 
-Tracing is switched on by the server's operator (`rabbitmqctl trace_on`); where it is off, these tests are skipped.
+Tracing is switched on by the server's operator: of RabbitMQ by `rabbitmqctl trace_on`, of Leveret by the setting
+`tracing.vhosts`. Where it is off, these tests are skipped. `make interop` runs them against a broker of their own that
+traces, and there they must not be skipped (TRACING=1).
 """
+
+import os
 
 import pytest
 
@@ -24,6 +28,8 @@ def _needs_tracing(raw):
             if client.get(1, queue).name == "basic.get-ok":
                 return
             client.expect_silence(0.02)
+    if os.environ.get("TRACING") == "1":
+        pytest.fail("tracing is off, but TRACING says that it is on")
     pytest.skip("tracing is off on this server")
 
 

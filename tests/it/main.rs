@@ -16,6 +16,7 @@ mod consume;
 mod deduplication;
 mod delayed;
 mod durability;
+mod events;
 mod exchange;
 mod exchange_types;
 mod frames;

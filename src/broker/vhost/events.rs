@@ -2,20 +2,20 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use super::{Route, Vhost};
+use super::{Arrival, Vhost};
 use crate::{
     broker::{
         arguments::QueueType,
         binding::{Binding, Destination},
         events::{EVENT_EXCHANGE, EventProperties, Events},
-        exchange::{Attributes, Exchange},
+        exchange::Exchange,
         message::Message,
         policy::{Policy, PolicyKind},
         port::Effects,
         queue::{ConnectionId, Queue},
         router::{Removed, Topology},
     },
-    model::{Name, erlang, properties::Properties},
+    model::{Name, erlang},
 };
 
 const ACTOR: &str = "user_who_performed_action";
@@ -41,14 +41,8 @@ impl Vhost {
         message: &Message<'_>,
         effects: &mut Effects,
     ) {
-        let attributes = Properties::parse(message.properties).map(Attributes::of).unwrap_or_default();
-        let mut route = Route::default();
-        if self.topology.read().route(exchange, &message.routing_keys(), &attributes, &mut route).is_err() {
-            return;
-        }
-        for queue in &route.queues {
-            queue.publish(std::slice::from_ref(message), effects);
-        }
+        // It may go nowhere, or be refused by a queue that is full: nobody waits for it.
+        let _ = self.publish(exchange, message, Arrival::Client, effects);
     }
 
     /// The events' facade.
@@ -66,9 +60,8 @@ impl Vhost {
     /// Looks whether somebody listens to events. Called with every change that could have changed that.
     pub(super) fn look_for_listeners(&self, topology: &Topology<Arc<Queue>>) {
         if self.name == *self.events().vhost() {
-            let has_alternate =
-                topology.exchange(EVENT_EXCHANGE).is_some_and(|exchange| exchange.effective_alternate().is_some());
-            self.events().set_bound(has_alternate || topology.bindings_from(EVENT_EXCHANGE).next().is_some());
+            // As in RabbitMQ, only bindings count: an alternate exchange alone gets no events.
+            self.events().set_bound(topology.bindings_from(EVENT_EXCHANGE).next().is_some());
         }
     }
 

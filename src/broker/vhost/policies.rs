@@ -139,7 +139,6 @@ impl Vhost {
         for name in names {
             self.apply_to_exchange(topology, &name);
         }
-        self.look_for_listeners(topology);
     }
 
     /// Gives an exchange the alternate that its policies name. The default exchange has none, whatever matches it.
