@@ -191,8 +191,7 @@ fn check(
             complain(format!("dead letter {id:x} has the history {:?}, not {expected:?}", deaths(delivery)));
         }
     }
-    let double: Vec<Id> =
-        places.iter().filter(|(_, (source, dead))| source + dead > 1).map(|(id, _)| *id).collect();
+    let double: Vec<Id> = places.iter().filter(|(_, (source, dead))| source + dead > 1).map(|(id, _)| *id).collect();
     if !double.is_empty() {
         complain(format!("messages are there TWICE: {}, such as {:?}", some(&double), places[&double[0]]));
     }

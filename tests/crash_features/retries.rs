@@ -79,10 +79,7 @@ fn note(case: &Case, id: Id, failures: i64, run: u32, attempts: &Attempts) -> Re
     let mut attempts = attempts.lock().unwrap();
     let before = attempts.get(&id).copied();
     let floor = before.map_or(0, |seen| seen.floor);
-    attempts.insert(
-        id,
-        Seen { run, failures, floor, deliveries: before.map_or(0, |seen| seen.deliveries) + 1 },
-    );
+    attempts.insert(id, Seen { run, failures, floor, deliveries: before.map_or(0, |seen| seen.deliveries) + 1 });
     let right = match before {
         None => failures == 0,
         Some(seen) if seen.run == run => failures == seen.failures + 1,
@@ -96,7 +93,14 @@ fn note(case: &Case, id: Id, failures: i64, run: u32, attempts: &Attempts) -> Re
 
 /// Fails every message. After each batch a marker is published: when that is confirmed, the rejections before it are on
 /// disk, for rounds come in order. Not so the last one of a message: it counts with its dead letter, which comes later. Ends with the broker, or when `done` is set and nothing has come for a while.
-fn fail_all(address: SocketAddr, case: &'static Case, run: u32, attempts: &Attempts, done: &AtomicBool, mut rng: Rng) -> Ledger {
+fn fail_all(
+    address: SocketAddr,
+    case: &'static Case,
+    run: u32,
+    attempts: &Attempts,
+    done: &AtomicBool,
+    mut rng: Rng,
+) -> Ledger {
     until_killed(case.source, |ledger| {
         let mut client = Client::connect(address)?;
         client.confirm_select()?;
@@ -115,7 +119,9 @@ fn fail_all(address: SocketAddr, case: &'static Case, run: u32, attempts: &Attem
                     while batches.front().is_some_and(|(marker, _)| confirms.confirmed.contains(marker)) {
                         let mut attempts = attempts.lock().unwrap();
                         for (id, failures) in batches.pop_front().expect("looked at").1 {
-                            attempts.entry(id).and_modify(|seen| seen.floor = seen.floor.max(case.max.min(failures + 1)));
+                            attempts
+                                .entry(id)
+                                .and_modify(|seen| seen.floor = seen.floor.max(case.max.min(failures + 1)));
                         }
                     }
                     continue;
@@ -171,10 +177,11 @@ fn finish(arena: &mut Arena, run: u32, ledgers: &mut [Ledger], attempts: &Attemp
         if !case.dead_letters && ledger.confirmed.is_empty() {
             continue;
         }
-        let found = match Client::connect(arena.address).and_then(|mut client| client.declare_queue(case.end, true, true)) {
-            Err(ClientError::Closed { code: 404, .. }) => HashMap::new(),
-            _ => arena.drain(&[case.source, case.end], &ledger.confirmed, true),
-        };
+        let found =
+            match Client::connect(arena.address).and_then(|mut client| client.declare_queue(case.end, true, true)) {
+                Err(ClientError::Closed { code: 404, .. }) => HashMap::new(),
+                _ => arena.drain(&[case.source, case.end], &ledger.confirmed, true),
+            };
         let mut complain = |text: String| arena.errors.push(format!("{}: {text}", case.source));
         let at_the_end: Vec<Id> = found.get(case.end).into_iter().flatten().map(|(id, _)| *id).collect();
         let all: HashSet<Id> = at_the_end.iter().copied().collect();
@@ -241,7 +248,10 @@ fn failing_messages_end_once_and_their_attempts_are_counted() {
         }
         let most = attempts.lock().unwrap().values().map(|seen| seen.deliveries).max().unwrap_or(0);
         let tried = attempts.lock().unwrap().len();
-        arena.report(round, &format!("{tried} messages tried, {ended} at their end so far, at most {most} deliveries of one"));
+        arena.report(
+            round,
+            &format!("{tried} messages tried, {ended} at their end so far, at most {most} deliveries of one"),
+        );
     }
     arena.finish(&format!("{ended} messages at their end"));
 }

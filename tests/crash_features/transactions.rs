@@ -126,8 +126,7 @@ fn check(
     errors: &mut Vec<String>,
 ) {
     let place_of = |id: &Id| places.get(id).map_or(Place::Nowhere, place);
-    let lost: Vec<Id> =
-        ledger.confirmed.iter().filter(|id| place_of(id) == Place::Nowhere).copied().collect();
+    let lost: Vec<Id> = ledger.confirmed.iter().filter(|id| place_of(id) == Place::Nowhere).copied().collect();
     if !lost.is_empty() {
         errors.push(format!("confirmed messages are LOST: {}", some(&lost)));
     }
@@ -164,8 +163,14 @@ fn a_transaction_over_several_queues_is_whole() {
         let address = arena.address;
         let mut threads = Vec::new();
         for _ in 0..2 {
-            let publishing =
-                Publishing { address, publisher: arena.publisher(), exchange: "", key: SOURCE, window: 100, max: 5_000 };
+            let publishing = Publishing {
+                address,
+                publisher: arena.publisher(),
+                exchange: "",
+                key: SOURCE,
+                window: 100,
+                max: 5_000,
+            };
             let rng = arena.rng.fork();
             threads.push(std::thread::spawn(move || (publishing.run(rng, |_, _| {}), Vec::new())));
             let rng = arena.rng.fork();
@@ -195,7 +200,10 @@ fn a_transaction_over_several_queues_is_whole() {
         } else {
             ledger.carry(&all);
         }
-        arena.report(round, &format!("{committed} transactions committed so far, {unknown} cut short, {} messages", all.len()));
+        arena.report(
+            round,
+            &format!("{committed} transactions committed so far, {unknown} cut short, {} messages", all.len()),
+        );
     }
     arena.finish(&format!("{committed} transactions committed, {unknown} cut short"));
 }

@@ -149,7 +149,9 @@ fn a_million_delayed_messages_come_in_time_over_a_kill() {
     let (p50, p99, max) = percentiles(&mut seen.lateness_ms);
     println!("delays: {count} persistent messages due within {} s, killed after {half:?}", within_ms / 1000);
     println!("  published at {}; away for {restarted_in:?}; {} came again after that", published.text(), seen.again);
-    println!("  late by p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms; resident {before:.0} MiB before, {most:.0} MiB at most");
+    println!(
+        "  late by p50 {p50:.1} ms, p99 {p99:.1} ms, max {max:.1} ms; resident {before:.0} MiB before, {most:.0} MiB at most"
+    );
     assert_eq!(watch.missing.load(Ordering::Relaxed), 0, "messages are lost");
     demand("p99 of the lateness below 100 ms", p99 < 100.0);
     demand(&format!("{:.0} MiB more resident, of at most 100 MiB", most - before), most - before < 100.0);

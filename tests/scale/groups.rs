@@ -214,7 +214,14 @@ fn run(place: &Place, queue: &str, ordered: bool, consumers: usize, groups: u64,
     assert!(*least > 0, "a consumer had nothing to do: {work:?}");
     assert_eq!(office.acked.load(Ordering::Relaxed), count, "something was acked twice");
     if ordered {
-        let left = office.groups.iter().filter(|group| { let group = group.lock().unwrap(); group.next != group.acked }).count();
+        let left = office
+            .groups
+            .iter()
+            .filter(|group| {
+                let group = group.lock().unwrap();
+                group.next != group.acked
+            })
+            .count();
         assert_eq!(left, 0, "groups with messages that nobody acked");
     }
     assert_eq!(place.client().declare_queue(queue, true, true).expect("there"), 0);
@@ -227,7 +234,10 @@ fn groups_keep_their_order_while_consumers_come_and_go() {
     let _alone = alone();
     let (groups, consumers, each) = scaled((10_000, 50, 500_000), (200, 10, 10_000));
     let place = Place::new();
-    println!("groups: {} persistent messages of {groups} groups, {consumers} consumers that come and go", each * PUBLISHERS);
+    println!(
+        "groups: {} persistent messages of {groups} groups, {consumers} consumers that come and go",
+        each * PUBLISHERS
+    );
     println!("  resident {:.0} MiB before", place.resident_mib());
     for preload in [true, false] {
         let (mut plain, mut grouped) = (Vec::new(), Vec::new());

@@ -113,7 +113,10 @@ fn seeks(place: &Place, count: u64, from_ms: u64, until_ms: u64) {
 
 fn report(what: &str, took_ms: &mut [f64]) {
     let (half, most, all) = percentiles(took_ms);
-    println!("  first delivery after {} seeks by {what}: p50 {half:.2} ms, p99 {most:.2} ms, max {all:.2} ms", took_ms.len());
+    println!(
+        "  first delivery after {} seeks by {what}: p50 {half:.2} ms, p99 {most:.2} ms, max {all:.2} ms",
+        took_ms.len()
+    );
     demand(&format!("p99 of seeks by {what} below 10 ms"), most < 10.0);
 }
 

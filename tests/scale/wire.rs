@@ -17,8 +17,14 @@ const BLOCK_BYTES: usize = 128 << 10;
 /// What the broker says, as far as it matters here. Ranges are of [`Wire::bytes`], until the next [`Wire::fill`].
 #[derive(Debug)]
 pub enum Event {
-    Delivery { tag: u64, redelivered: bool, body: Range<usize> },
-    Confirmed { tag: u64 },
+    Delivery {
+        tag: u64,
+        redelivered: bool,
+        body: Range<usize>,
+    },
+    Confirmed {
+        tag: u64,
+    },
     /// Any other method, by class and id.
     Method(u16, u16),
 }
