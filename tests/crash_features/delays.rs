@@ -96,8 +96,8 @@ fn a_delayed_message_is_neither_early_nor_lost() {
         if round == rounds() || arena.rng.one_in(4) {
             for ((_, _, queue), ledger) in WAYS.into_iter().zip(&mut ledgers) {
                 let received = std::mem::take(&mut ledger.received);
-                let mut wanted = Ledger::default();
-                wanted.confirmed = ledger.confirmed.difference(&received).copied().collect();
+                let confirmed = ledger.confirmed.difference(&received).copied().collect();
+                let mut wanted = Ledger { confirmed, ..Ledger::default() };
                 let deadline = Instant::now() + Duration::from_millis(LONGEST_MS) + Duration::from_secs(20);
                 let mut last = consume(arena.address, queue, &mut wanted, Some(deadline));
                 arena.errors.append(&mut last.errors);

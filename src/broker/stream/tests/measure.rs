@@ -62,14 +62,27 @@ fn wait(client: &Counter, count: u64) {
     assert!(client.count.load(Ordering::Relaxed) >= count);
 }
 
+const MESSAGES: u64 = 5_000_000;
+
 #[test]
-#[ignore = "takes minutes and a gigabyte of disk"]
-#[expect(clippy::too_many_lines, reason = "one measurement after the other")]
+#[ignore = "takes a minute and a gigabyte of disk"]
 fn five_million_messages_and_a_hundred_readers() {
-    const MESSAGES: u64 = 5_000_000;
-    let mut world = World::new(StreamRules { segment_bytes: Some(50_000_000), ..StreamRules::default() });
+    let (world, marks) = fill();
+    let mut world = world.restart();
     let began = Instant::now();
-    let mut marks = Vec::new();
+    assert_eq!(world.stream.counts().ready, MESSAGES);
+    drop(world.stream.open());
+    println!("opened in {:?}, {} MiB resident", began.elapsed(), resident_mib());
+    seek(&world, &marks);
+    read_everything(&world);
+    read_beside_others(&mut world);
+    filter_everything(&world);
+}
+
+/// The stream, and seconds in which some of it was published.
+fn fill() -> (World, Vec<u64>) {
+    let mut world = World::new(StreamRules { segment_bytes: Some(50_000_000), ..StreamRules::default() });
+    let (began, mut marks) = (Instant::now(), Vec::new());
     for run in 0..MESSAGES / 1_000 {
         world.publish_raw(1_000, 100, &[0x10, 0, 2]);
         if run % 10 == 0 {
@@ -81,83 +94,74 @@ fn five_million_messages_and_a_hundred_readers() {
     }
     world.commit();
     println!("published in {:?}, {} MiB resident", began.elapsed(), resident_mib());
-    let mut world = world.restart();
-    let began = Instant::now();
-    assert_eq!(world.stream.counts().ready, MESSAGES);
-    drop(world.stream.open());
-    println!("opened in {:?}, {} MiB resident", began.elapsed(), resident_mib());
+    (world, marks)
+}
 
-    for (name, value) in [
+fn seek(world: &World, marks: &[u64]) {
+    let starts = [
         ("first", text("first")),
         ("last", text("last")),
         ("offset", AMQPValue::LongInt(2_345_678)),
         ("offset", AMQPValue::LongInt(4_345_678)),
         ("interval", text("1h")),
-    ]
-    .into_iter()
-    .chain(marks.iter().map(|&seconds| ("time", AMQPValue::Timestamp(seconds))))
-    {
+    ];
+    let times = marks.iter().map(|&seconds| ("time", AMQPValue::Timestamp(seconds)));
+    for (name, value) in starts.into_iter().chain(times) {
         let began = Instant::now();
-        let (id, client) = start(&world, 1, value, None);
+        let (id, client) = start(world, 1, value, None);
         wait(&client, 1);
         println!("{name}: first message after {:?}", began.elapsed());
         world.stream.cancel(id);
     }
+}
 
+fn read_everything(world: &World) {
     let before = resident_mib();
-    let readers: Vec<_> =
-        (0..100).map(|index| start(&world, 1_000, AMQPValue::LongInt(index * 49_000), None)).collect();
+    let readers: Vec<_> = (0..100).map(|index| start(world, 1_000, AMQPValue::LongInt(index * 49_000), None)).collect();
     readers.iter().for_each(|(_, client)| wait(client, 1_000));
     println!(
         "100 readers in 100 places: {} MiB more, {} bytes in the budget",
-        resident_mib() - before,
+        resident_mib().saturating_sub(before),
         world.budget.used_bytes()
     );
     readers.iter().for_each(|(id, _)| world.stream.cancel(*id));
-
     let began = Instant::now();
-    let (id, client) = start(&world, 0, text("first"), None);
+    let (id, client) = start(world, 0, text("first"), None);
     wait(&client, MESSAGES);
     println!("one reader, everything: {:.0} messages/s", MESSAGES as f64 / began.elapsed().as_secs_f64());
     world.stream.cancel(id);
+}
 
+/// A hundred readers a little apart, first from the disk, then at the end of a stream that is published to.
+fn read_beside_others(world: &mut World) {
     let began = Instant::now();
-    let readers: Vec<_> = (0..100)
-        .map(|index| start(&world, 0, AMQPValue::LongInt((MESSAGES - 400_000 + index * 3_000) as i32), None))
-        .collect();
-    let total: u64 = (0..100).map(|index| 400_000 - index * 3_000).sum();
-    for (index, (_, client)) in readers.iter().enumerate() {
-        wait(client, 400_000 - index as u64 * 3_000);
-    }
-    println!(
-        "100 readers: {:.0} messages/s in all, {} MiB resident",
-        total as f64 / began.elapsed().as_secs_f64(),
-        resident_mib()
-    );
+    let place = |index: u64| MESSAGES - 400_000 + index * 3_000;
+    let readers: Vec<_> =
+        (0..100).map(|index| start(world, 0, AMQPValue::LongLongInt(place(index) as i64), None)).collect();
+    let wait_to =
+        |tail: u64| readers.iter().zip(0..).for_each(|((_, client), index)| wait(client, tail - place(index)));
+    let delivered = || readers.iter().map(|(_, client)| client.count.load(Ordering::Relaxed)).sum::<u64>() as f64;
+    wait_to(MESSAGES);
+    let rate = delivered() / began.elapsed().as_secs_f64();
+    println!("100 readers: {rate:.0} messages/s in all, {} MiB resident", resident_mib());
 
-    let began = Instant::now();
-    let before: u64 = readers.iter().map(|(_, client)| client.count.load(Ordering::Relaxed)).sum();
+    let (began, before) = (Instant::now(), delivered());
     for _ in 0..200 {
         world.publish_raw(1_000, 100, &[0x10, 0, 2]);
     }
     world.commit();
     let committed = began.elapsed();
-    for (index, (_, client)) in readers.iter().enumerate() {
-        wait(client, 600_000 - index as u64 * 3_000);
-    }
-    let after: u64 = readers.iter().map(|(_, client)| client.count.load(Ordering::Relaxed)).sum();
-    println!(
-        "200,000 messages committed in {committed:?} with 100 readers at the tail, {:.0} deliveries/s",
-        (after - before) as f64 / began.elapsed().as_secs_f64()
-    );
+    wait_to(MESSAGES + 200_000);
+    let rate = (delivered() - before) / began.elapsed().as_secs_f64();
+    println!("200,000 messages committed in {committed:?} with 100 readers at the tail, {rate:.0} deliveries/s");
     readers.iter().for_each(|(id, _)| world.stream.cancel(*id));
+}
 
+fn filter_everything(world: &World) {
     let began = Instant::now();
-    let (_, client) = start(&world, 0, text("first"), Some("nothing"));
-    let (_, end) = start(&world, 0, offset(text("next"))[0].1.clone(), None);
-    let done =
-        || world.stream.state.lock().readers.iter().any(|reader| reader.filter.is_some() && reader.next >= MESSAGES);
-    eventually(done, || "the filter's end".into());
+    let (_, client) = start(world, 0, text("first"), Some("nothing"));
+    let is_through = || world.stream.state.lock().readers.iter().any(|reader| reader.next >= MESSAGES);
+    eventually(is_through, || "the filter's end".into());
     println!("a filter that matches nothing: {:.0} messages/s", MESSAGES as f64 / began.elapsed().as_secs_f64());
-    assert_eq!((client.count.load(Ordering::Relaxed), end.count.load(Ordering::Relaxed)), (0, 0));
+    assert_eq!(client.count.load(Ordering::Relaxed), 0);
 }
