@@ -82,7 +82,7 @@ impl Office<'_> {
         let mut client = self.place.client();
         client.consume(self.queue, false, PREFETCH).expect("consumes");
         let mut wire = Wire::new(client);
-        let ends = Instant::now() + Duration::from_millis(rng.range(200..2_000));
+        let ends = Instant::now() + Duration::from_millis(rng.range(50..700));
         let mut open: Vec<(u64, u64, u64)> = Vec::new();
         while Instant::now() < ends && !self.is_done() {
             wire.fill(Duration::from_millis(20)).expect("the broker is there");

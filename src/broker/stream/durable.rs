@@ -20,7 +20,7 @@ use crate::{
         },
     },
     clock,
-    store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS},
+    store::{Round, RoundBuilder, RoundSource, SEGMENT_RECORDS, StoreError},
 };
 
 /// What a turn on a thread of the store's or of a connection may cost, in messages looked at: the stream is locked meanwhile.
@@ -33,7 +33,7 @@ const DELETE_BYTES: u64 = 16 << 20;
 const READ_OFFSETS: u64 = 16 << 10;
 /// Bytes read in one go. The last record may exceed it, and a chunk should not have to grow for that.
 const READ_BYTES: usize = CHUNK_BYTES - (4 << 10);
-/// Bytes read in one go for a reader with a filter, most of which it may not want.
+/// Bytes read in one go where most of it is not wanted: for a reader with a filter, or one that looks for a time.
 const SCAN_BYTES: usize = 1 << 20;
 /// Bytes of notes read in one go.
 const NOTES_BYTES: usize = 1 << 20;
@@ -169,22 +169,27 @@ impl Stream {
         });
     }
 
-    /// The first offset of `[from, until)` whose record was published at `unix_ms` or later; `until` if there is none. Reads
-    /// one record a step, some twenty in a stream of millions.
+    /// The first offset of `[from, until)` whose record was published at `unix_ms` or later; `until` if there is none.
+    ///
+    /// # Cost
+    /// Looks at one record at the start of a segment of the store's each step, some ten in a stream of millions, and then
+    /// reads one segment: to look at single records within it would be to read its runs again and again.
     fn find_time(&self, unix_ms: u64, mut from: u64, until: u64) -> u64 {
         let mut end = until.max(from);
         while from < end {
             let middle = from + (end - from) / 2;
-            // The start of a segment of the store's is where a run begins, which makes for a short read.
-            let aligned = middle - middle % SEGMENT_RECORDS;
-            let probe = if aligned > from { aligned } else { middle };
+            let before = middle - middle % SEGMENT_RECORDS;
+            let probe = if before > from { before } else { before + SEGMENT_RECORDS };
+            if probe >= end {
+                return self.scan_for_time(unix_ms, from, end);
+            }
             let mut found = None;
             let read = self.store.read_records(self.id, probe, end, 1, &mut |offset, bytes| {
                 found = record::head(bytes).map(|head| (offset, head.published_unix_ms));
             });
             match (read, found) {
                 (Err(error), _) => {
-                    tracing::error!(queue = %self.resource.name, vhost = %self.resource.vhost, offset = probe, %error, "a time cannot be looked for in a stream; its reader begins earlier");
+                    self.warn_of_time(probe, &error);
                     return from;
                 }
                 (Ok(_), Some((offset, published))) if published < unix_ms => from = offset + 1,
@@ -192,6 +197,30 @@ impl Stream {
             }
         }
         from
+    }
+
+    /// [`Stream::find_time`] by reading everything from `from` on.
+    fn scan_for_time(&self, unix_ms: u64, from: u64, end: u64) -> u64 {
+        let (mut at, mut found) = (from, None);
+        while at < end && found.is_none() {
+            let read = self.store.read_records(self.id, at, end, SCAN_BYTES, &mut |offset, bytes| {
+                if found.is_none() && record::head(bytes).is_some_and(|head| head.published_unix_ms >= unix_ms) {
+                    found = Some(offset);
+                }
+            });
+            match read {
+                Ok(next) => at = next.max(at + 1),
+                Err(error) => {
+                    self.warn_of_time(at, &error);
+                    return at;
+                }
+            }
+        }
+        found.unwrap_or(end)
+    }
+
+    fn warn_of_time(&self, offset: u64, error: &StoreError) {
+        tracing::error!(queue = %self.resource.name, vhost = %self.resource.vhost, offset, %error, "a time cannot be looked for in a stream; its reader begins earlier");
     }
 }
 
