@@ -8,7 +8,7 @@ use std::{
 
 use amq_protocol::protocol::basic;
 
-use super::{channel::CachedRoute, channel::ChannelState, connection::Session};
+use super::{channel::ChannelState, connection::Session};
 use crate::{
     auth::{AuthFailure, sasl::Mechanism},
     broker::{EventProperties, Message, Origin, Queue, Vhost},
@@ -184,10 +184,10 @@ impl Session {
         });
     }
 
-    /// Copies a routed message to the trace exchange, if the vhost is traced.
-    pub(super) fn trace_publish(&mut self, number: u16, message: &Message<'_>, route: &CachedRoute) {
+    /// Copies a message that goes to these queues to the trace exchange, if the vhost is traced.
+    pub(super) fn trace_publish(&mut self, number: u16, message: &Message<'_>, queues: &[Arc<Queue>]) {
         if let Some(origin) = self.traced_origin() {
-            let queues = route.iter().map(|queue| &*queue.options.name);
+            let queues = queues.iter().map(|queue| &*queue.options.name);
             origin.trace_publish(&self.broker, number, message, queues, &mut self.effects);
         }
     }

@@ -217,10 +217,8 @@ impl Session {
             (Some(route), true) => Way::Queues(route),
             _ => self.find_way(number, &vhost, &exchange, routing_key, &adjusted, epoch, &outgoing)?,
         };
-        match &way {
-            Way::Queues(route) => self.trace_publish(number, &outgoing, route),
-            // Where it will go is not known yet.
-            Way::Exchange(_) => self.trace_publish(number, &outgoing, &CachedRoute::default()),
+        if let Way::Queues(route) = &way {
+            self.trace_publish(number, &outgoing, route);
         }
         self.enqueue(number, way, &outgoing, message.mandatory)
     }

@@ -89,8 +89,12 @@ impl Session {
         let (outcome, is_unrouted) = match (&publish.way, &self.vhost) {
             (Way::Queues(route), _) => (offer(route, &message, &mut self.effects), route.is_empty()),
             (Way::Exchange(exchange), Some(vhost)) => {
+                let vhost = vhost.clone();
                 match vhost.publish(exchange, &message, Arrival::Client, &mut self.effects) {
-                    Ok(published) => (published.outcome, published.is_unrouted),
+                    Ok(published) => {
+                        self.trace_publish(number, &message, &published.queues);
+                        (published.outcome, published.is_unrouted)
+                    }
                     Err(_) => (Outcome::Accepted(0), true), // the exchange has gone meanwhile
                 }
             }

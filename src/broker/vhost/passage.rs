@@ -8,6 +8,8 @@
 //! A duplicate goes no further. A message that asks to wait is kept, and comes back when it is due, past those two. What is
 //! left is remembered by the history and routed.
 
+use std::sync::Arc;
+
 use smallvec::SmallVec;
 
 use super::{Route, Vhost};
@@ -26,11 +28,11 @@ use crate::{
     model::properties::Properties,
     store::{AtomicSection, Round},
 };
-use std::sync::Arc;
 
 /// Where a message comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
+    /// From a client, or from the broker itself.
     Client,
     /// From a queue. It is no duplicate, wherever it was before, and does not go where that would close a cycle.
     DeadLetter,
@@ -41,12 +43,14 @@ pub enum Arrival {
 }
 
 /// What became of a message.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Published {
     pub outcome: Outcome,
     /// No queue has it, and it is no duplicate. Also of a message that waits in an exchange, as in RabbitMQ's plugin: a
     /// mandatory one is returned.
     pub is_unrouted: bool,
+    /// Where it was routed to.
+    pub queues: SmallVec<[Arc<Queue>; 4]>,
 }
 
 /// A message on its way through the exchanges.
@@ -101,7 +105,7 @@ impl Passage<'_> {
     }
 
     /// Hands the message to the queues that were found.
-    fn deliver(self, route: &Route, effects: &mut Effects) -> Published {
+    fn deliver(self, route: Route, effects: &mut Effects) -> Published {
         let mut round = Some(self.round);
         for queue in &route.queues {
             if self.closes_cycle(queue) {
@@ -122,6 +126,7 @@ impl Passage<'_> {
         Published {
             outcome: round.map_or(Outcome::Rejected, Outcome::Accepted),
             is_unrouted: route.queues.is_empty() && !self.is_duplicate,
+            queues: route.queues,
         }
     }
 
@@ -151,7 +156,7 @@ impl Vhost {
         let section = self.environment.store.atomic();
         let mut route = Route::default();
         let passage = self.pass(&self.topology.read(), &section, exchange, message, arrival, &mut route)?;
-        Ok(passage.deliver(&route, effects))
+        Ok(passage.deliver(route, effects))
     }
 
     /// [`Vhost::publish`] while the topology is locked already.
@@ -165,7 +170,7 @@ impl Vhost {
     ) -> Result<Published, TopologyError> {
         let mut route = Route::default();
         let passage = self.pass(topology, section, exchange, message, Arrival::Replay, &mut route)?;
-        Ok(passage.deliver(&route, effects))
+        Ok(passage.deliver(route, effects))
     }
 
     fn pass<'a>(

@@ -32,6 +32,7 @@ impl Session {
         let published = vhost
             .publish(exchange, message, Arrival::Client, &mut self.effects)
             .map_err(|error| Fault::from(error).at(60, 40))?;
+        self.trace_publish(number, message, &published.queues);
         if published.is_unrouted && mandatory {
             self.outbox.return_message(number, message);
             self.check_clogged();
