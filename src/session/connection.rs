@@ -20,7 +20,9 @@ use super::{
 };
 use crate::{
     auth::{Authenticator, User, sasl::Mechanism},
-    broker::{Broker, BrokerError, ConnectionId, Effects, Origin, Queue, Round, Settlement, Vhost},
+    broker::{
+        Broker, BrokerError, ConnectionId, Effects, Origin, Queue, Round, Settlement, Vhost, arguments::QueueType,
+    },
     model::Name,
     wire::{self, Scan, frame, hot},
 };
@@ -474,6 +476,9 @@ impl Session {
     fn return_remains(&mut self, remains: Remains) {
         // What comes back has to be there before the next consumer takes over.
         for (queue, consumer, deliveries) in remains.unacked {
+            if queue.traits.queue_type == QueueType::Stream {
+                continue; // to which nothing comes back, and which would take it for handled
+            }
             queue.settle(consumer, &deliveries, Settlement::Failed, &mut self.effects);
         }
         for (queue, consumer) in remains.consumers {
