@@ -315,7 +315,7 @@ impl Session {
         if let Some(expiration) = view.expiration() {
             let plain = check_expiration(expiration)
                 .map_err(|error| fault(406, format!("invalid expiration '{}': {error}", erlang::text(expiration))))?;
-            extension.expires_unix_ms = plain.parse().ok().map(|ms: u64| clock::now_unix_ms().saturating_add(ms));
+            extension.expires_unix_ms = plain.parse().ok().map(|ms: u64| clock::ceil_unix_ms().saturating_add(ms));
             if plain.as_bytes() != expiration {
                 let changed = reparse(&adjusted.properties)?.with_expiration(plain.as_bytes());
                 adjusted.properties = Cow::Owned(changed);

@@ -310,7 +310,10 @@ impl QueueState {
         let mut extension = Extension::parse(message.extension);
         // Who has no time at all may still be taken by a consumer that is ready now.
         extension.expires_unix_ms = extension.expires_unix_ms.map(|expires| expires.max(now_unix_ms));
-        let by_queue = self.rules.message_ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
+        let by_queue = self.rules.message_ttl_ms.map(|ttl| match ttl {
+            0 => now_unix_ms,
+            _ => clock::ceil_unix_ms().saturating_add(ttl),
+        });
         extension.expires_unix_ms = match (extension.expires_unix_ms, by_queue) {
             (Some(own), Some(queue)) => Some(own.min(queue)),
             (own, queue) => own.or(queue),

@@ -14,6 +14,7 @@ use crate::broker::{
     extension,
     port::{Delivery, DeliveryWriter, Effects, Offer},
 };
+use crate::clock;
 
 /// Deliveries in one go before the lock is given up.
 const DELIVERY_BUDGET: usize = 16 << 10;
@@ -114,7 +115,8 @@ impl QueueState {
                 },
             };
             let Some((consumer, alone)) = self.consumers.current() else { return Turn::Idle };
-            let timeout_ms = consumer.timeout_ms.or(self.rules.consumer_timeout_ms);
+            let timeout_ms =
+                consumer.timeout_ms.or(self.rules.consumer_timeout_ms).filter(|_| self.checkouts.is_some());
             let (port, no_ack) = (consumer.port.clone(), consumer.no_ack);
             let mut run = Run {
                 level: lane.level,
@@ -123,7 +125,7 @@ impl QueueState {
                 consumer,
                 consumer_id,
                 now_unix_ms,
-                deadline_unix_ms: timeout_ms.map_or(u64::MAX, |timeout| now_unix_ms.saturating_add(timeout)),
+                deadline_unix_ms: timeout_ms.map_or(u64::MAX, |timeout| clock::ceil_unix_ms().saturating_add(timeout)),
                 written_to: lane.written_to,
                 log: &mut lane.log,
                 attempts: shows_attempts.then_some(&self.attempts),

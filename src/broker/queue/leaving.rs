@@ -270,7 +270,7 @@ impl Queue {
         how: Settlement,
         effects: &mut Effects,
     ) -> u32 {
-        let now = if state.counts_attempts() { clock::now_unix_ms() } else { 0 };
+        let now = if state.counts_attempts() { clock::ceil_unix_ms() } else { 0 };
         let mut late = 0;
         for delivery in deliveries {
             if !state.check_in(consumer, delivery) {

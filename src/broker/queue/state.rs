@@ -305,7 +305,7 @@ impl QueueState {
             if no_ack {
                 lane.log.consume(seq);
             } else if let Some(checkouts) = &mut self.checkouts {
-                let deadline = self.rules.consumer_timeout_ms.map_or(u64::MAX, |ms| clock::now_unix_ms() + ms);
+                let deadline = self.rules.consumer_timeout_ms.map_or(u64::MAX, |ms| clock::ceil_unix_ms() + ms);
                 checkouts.begin(position, None, deadline, body_bytes as u32, persistent);
                 checkouts.begin_get(position, port.clone(), to);
                 self.wake_at_unix_ms = self.wake_at_unix_ms.min(deadline);
