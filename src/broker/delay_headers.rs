@@ -16,10 +16,11 @@ pub const DELIVER_AT: &str = "x-deliver-at";
 /// The longest delay (the plugin's, which is that of Erlang's timers); a message with a longer one does not wait.
 pub const MAX_DELAY_MS: i64 = u32::MAX as i64;
 
-/// When the message with these properties is due, in Unix milliseconds; `None` if it does not wait at all.
+/// When the message with these properties is due, in Unix milliseconds; `None` if it does not wait at all. `now_unix_ms` is
+/// rounded up ([`clock::ceil_unix_ms`](crate::clock::ceil_unix_ms)), so what is due just then is still ahead.
 ///
-/// `x-delay` counts if it can be read, `x-deliver-at` otherwise. Delays from 1 to [`MAX_DELAY_MS`] and points in time after
-/// now wait; negative delays do not, so that a delivered message can be published again as it is.
+/// `x-delay` counts if it can be read, `x-deliver-at` otherwise. Delays from 1 to [`MAX_DELAY_MS`] and points in time that
+/// are ahead wait; negative delays do not, so that a delivered message can be published again as it is.
 pub fn due_unix_ms(properties: &Properties<'_>, now_unix_ms: u64) -> Option<u64> {
     let table = properties.raw_headers()?;
     if let Some(delay) = raw_entry(table, DELAY.as_bytes()).and_then(|entry| number(&entry)) {
@@ -31,7 +32,7 @@ pub fn due_unix_ms(properties: &Properties<'_>, now_unix_ms: u64) -> Option<u64>
         b'T' => u64::from_be_bytes(*entry.value().first_chunk()?).saturating_mul(1000),
         _ => u64::try_from(number(&entry)?).ok()?,
     };
-    (at > now_unix_ms).then_some(at)
+    (at >= now_unix_ms).then_some(at)
 }
 
 /// Replaces `out` with `properties` whose `x-delay` is negated, as the delayed exchange delivers it: a 64-bit integer,
@@ -133,7 +134,7 @@ mod tests {
     fn points_in_time_wait_while_they_are_ahead() {
         let at = |offset: i64| [&b"l"[..], &(NOW as i64 + offset).to_be_bytes()].concat();
         assert_eq!(due(&[(DELIVER_AT, &at(250))]), Some(250));
-        assert_eq!(due(&[(DELIVER_AT, &at(0))]), None);
+        assert_eq!(due(&[(DELIVER_AT, &at(0))]), Some(0)); // now is rounded up
         assert_eq!(due(&[(DELIVER_AT, &at(-1))]), None);
         let seconds = [&b"T"[..], &(NOW / 1000 + 5).to_be_bytes()].concat();
         assert_eq!(due(&[(DELIVER_AT, &seconds)]), Some(5000));
