@@ -184,7 +184,7 @@ fn no_input_makes_the_broker_panic_hang_or_grow() {
 
 type Family = Vec<(Vec<u8>, Vec<u8>)>;
 
-const FAMILIES: [&str; 5] = ["default", "meta", "log", "state", "consumed"];
+const FAMILIES: [&str; 6] = ["default", "meta", "log", "state", "consumed", "notes"];
 
 fn options(path: &Path) -> StoreOptions {
     StoreOptions { path: path.to_owned(), sync: false, ..StoreOptions::default() }
