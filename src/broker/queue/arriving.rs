@@ -101,9 +101,7 @@ impl Queue {
         }
         let now = clock::now_unix_ms();
         let expected_bytes = messages.iter().map(record::encoded_len).sum();
-        for message in messages {
-            state.append(message, now, expected_bytes);
-        }
+        state.append_all(messages, now, expected_bytes);
         if state.can_deliver() {
             self.deliver_locked(state, now, effects);
             effects.congested |= state.is_congested();
@@ -292,7 +290,30 @@ impl QueueState {
         (message.persistent || self.checkouts.is_some()) && self.durable
     }
 
-    #[inline]
+    /// Appends a run of messages.
+    ///
+    /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
+    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64, expected_bytes: usize) {
+        let (durable, keeps_all) = (self.durable, self.checkouts.is_some());
+        let is_plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
+        let mut appended = 0;
+        if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
+            for message in messages.iter().take_while(|message| message.extension.is_empty()) {
+                let persistent = (message.persistent || keeps_all) && durable;
+                if persistent == message.persistent {
+                    lane.log.append(message, now_unix_ms, expected_bytes);
+                } else {
+                    lane.log.append(&Message { persistent, ..*message }, now_unix_ms, expected_bytes);
+                }
+                lane.appended(message.body.len() as u64, persistent);
+                appended += 1;
+            }
+        }
+        for message in &messages[appended..] {
+            self.append(message, now_unix_ms, expected_bytes);
+        }
+    }
+
     pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
         let persistent = self.persists(message);
         let message = Message { persistent, ..*message };

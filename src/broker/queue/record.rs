@@ -31,8 +31,9 @@ pub struct RecordHead {
     pub published_unix_ms: u64,
 }
 
-/// Appends `message` to `out`; a shared body is left out and has to be kept by the caller.
-#[inline]
+/// Appends `message` to `out`; a shared body is left out and has to be kept by the caller. Always inlined: the log's append,
+/// its hottest caller, is measurably slower otherwise.
+#[inline(always)]
 pub fn encode(out: &mut Vec<u8>, message: &Message<'_>, now_unix_ms: u64) {
     let shared = matches!(message.body, Body::Shared(_));
     let extension = if message.extension.len() <= extension::MAX_BYTES { message.extension } else { &[] };
