@@ -49,6 +49,7 @@ impl QueueState {
         for _ in 0..BUDGET {
             let Some(current) = self.consumers.next_id() else { return Turn::Idle };
             let Some(groups) = &mut self.groups else { return Turn::Idle };
+            groups.recall(current);
             let open = if put_off < groups.open_len() { groups.next_open() } else { None };
             let turn = match open {
                 Some((_, Owner::Getter, _)) => {

@@ -57,6 +57,8 @@ struct Group {
     parked: VecDeque<Parked>,
     /// Is in `open`, or waits for its owner.
     listed: bool,
+    /// Waits for its owner. Its entry in `waiting` counts only while this is set.
+    waits: bool,
 }
 
 /// See the module. Positions are queue-wide.
@@ -70,7 +72,7 @@ pub struct Groups {
     /// Groups with parked messages that may be deliverable, in turn.
     open: VecDeque<GroupKey>,
     /// Groups with parked messages that wait for credit of their owner.
-    waiting: AHashMap<ConsumerId, Vec<GroupKey>>,
+    waiting: AHashMap<ConsumerId, VecDeque<GroupKey>>,
     pub parked: Tally,
 }
 
@@ -177,7 +179,10 @@ impl Groups {
     /// Has the group of [`Groups::next_open`] wait until its owner has credit again.
     pub fn wait_for(&mut self, consumer: ConsumerId, key: GroupKey) {
         self.open.pop_front();
-        self.waiting.entry(consumer).or_default().push(key);
+        if let Some(group) = self.groups.get_mut(&key) {
+            group.waits = true;
+            self.waiting.entry(consumer).or_default().push_back(key);
+        }
     }
 
     /// Puts the group of [`Groups::next_open`] at the end of the turn.
@@ -206,25 +211,28 @@ impl Groups {
         let group = self.groups.get_mut(&key)?;
         group.held = group.held.saturating_sub(1);
         if group.held == 0 {
-            let owner = std::mem::take(&mut group.owner);
+            group.owner = Owner::Nobody;
             if group.parked.is_empty() {
                 self.groups.remove(&key);
-            } else if let Owner::Consumer(consumer) = owner
-                && let Some(waiting) = self.waiting.get_mut(&consumer)
-                && let Some(at) = waiting.iter().position(|other| *other == key)
-            {
-                waiting.swap_remove(at);
+            } else if std::mem::take(&mut group.waits) {
                 self.open.push_back(key);
             }
         }
         Some(key)
     }
 
-    /// Lets the groups of a consumer that has credit again take part.
-    pub fn credit(&mut self, consumer: ConsumerId) {
-        if let Some(waiting) = self.waiting.remove(&consumer) {
-            self.open.extend(waiting);
+    /// Puts a group that has waited for this consumer, which can take something now, before all others.
+    pub fn recall(&mut self, consumer: ConsumerId) {
+        let Some(waiting) = self.waiting.get_mut(&consumer) else { return };
+        while let Some(key) = waiting.pop_front() {
+            if let Some(group) = self.groups.get_mut(&key)
+                && std::mem::take(&mut group.waits)
+            {
+                self.open.push_front(key);
+                return;
+            }
         }
+        self.waiting.remove(&consumer);
     }
 
     /// Takes all parked messages out.
@@ -232,7 +240,7 @@ impl Groups {
         let mut all = Vec::new();
         for group in self.groups.values_mut() {
             all.extend(group.parked.drain(..));
-            group.listed = false;
+            (group.listed, group.waits) = (false, false);
         }
         self.groups.retain(|_, group| group.held > 0);
         self.open.clear();

@@ -326,9 +326,6 @@ impl Queue {
         }
         if let Some(id) = consumer {
             state.consumers.settled(id, deliveries.len() as u32, late);
-            if let Some(groups) = &mut state.groups {
-                groups.credit(id);
-            }
         }
         if state.can_deliver() {
             let now = clock::now_unix_ms();
@@ -403,9 +400,6 @@ impl Queue {
         }
         let mut state = self.open();
         state.consumers.unblock(id);
-        if let Some(groups) = &mut state.groups {
-            groups.credit(id);
-        }
         if state.can_deliver() {
             self.deliver_locked(&mut state, clock::now_unix_ms(), effects);
             self.schedule(&mut state);

@@ -204,7 +204,7 @@ impl QueueState {
     pub(super) fn can_deliver(&self) -> bool {
         !self.consumers.is_empty()
             && !self.deleted
-            && (self.lanes.has_ready() || self.groups.as_ref().is_some_and(|groups| groups.open_len() > 0))
+            && (self.lanes.has_ready() || self.groups.as_ref().is_some_and(|groups| groups.parked.messages > 0))
     }
 
     /// Whether messages arrive faster than the present consumers take them.
