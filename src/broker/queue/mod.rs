@@ -488,11 +488,13 @@ impl Queue {
             return Ok(None);
         }
         check(&state.counts())?;
+        let counts_attempts = state.counts_attempts();
         let mut deleted = state.delete();
         if let Some(delays) = &self.delays {
             delays.close();
         }
-        let has_notes = self.delays.is_some() || (self.is_particular && self.options.durable);
+        let stored = self.options.durable && (self.is_particular || (counts_attempts && !deleted.in_store.is_empty()));
+        let has_notes = self.delays.is_some() || stored;
         if has_notes && !deleted.in_store.contains(&self.id) {
             deleted.in_store.push(self.id);
         }
