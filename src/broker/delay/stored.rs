@@ -4,6 +4,10 @@
 //! - `l`: version, number of messages, next serial, and an id before which nothing waits (due time and serial), each but
 //!   the version as 8 bytes, little-endian. Written with every change, so that a start needs no other note.
 //! - `l`, due time, serial (8 bytes each, big-endian): a message, as the log of a queue keeps it.
+//!
+//! # Why they are deleted one by one
+//! What was taken since the last round is one range, but a range deletion a round measures no better than the single ones
+//! (a million messages in a minute take 11 % of a core either way), and all that reads has to look at it.
 
 use super::{Clearing, DelayId, Delays, Loading, Record, State, window::Phase};
 use crate::{
