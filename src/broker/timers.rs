@@ -44,6 +44,9 @@ impl Ord for Entry {
     }
 }
 
+/// Entries from which on those of things that are gone are looked for.
+const PRUNE_AT: usize = 1024;
+
 /// See the module. A leaf lock.
 #[derive(Default)]
 pub struct Timers {
@@ -58,6 +61,10 @@ impl Timers {
         let mut guard = self.heap.lock();
         let (heap, serial) = &mut *guard;
         *serial += 1;
+        // An entry keeps the memory of what it names, and may be due in years: what is gone leaves before the heap grows.
+        if heap.len() >= PRUNE_AT && heap.len() == heap.capacity() {
+            heap.retain(|Reverse(entry)| entry.timed.strong_count() > 0);
+        }
         let is_first = heap.peek().is_none_or(|Reverse(first)| due_unix_ms < first.due_unix_ms);
         heap.push(Reverse(Entry { due_unix_ms, serial: *serial, timed }));
         drop(guard);
