@@ -318,27 +318,11 @@ mod tests {
 
     #[test]
     fn exchanges_of_every_type_survive_the_round_trip() {
-        use ExchangeKind::{
-            ConsistentHash, Delayed, Direct, Fanout, Headers, JmsTopic, LocalRandom, ModulusHash, Random,
-            RecentHistory, Topic,
-        };
         let mut arguments = FieldTable::default();
         arguments.insert("x-delayed-type".into(), AMQPValue::LongString("x-recent-history".into()));
         arguments.insert("x-recent-history-length".into(), AMQPValue::LongInt(7));
         let options = ExchangeOptions { durable: true, auto_delete: true, internal: true };
-        for kind in [
-            Direct,
-            Fanout,
-            Topic,
-            Headers,
-            ConsistentHash,
-            Random,
-            LocalRandom,
-            ModulusHash,
-            RecentHistory,
-            JmsTopic,
-            Delayed,
-        ] {
+        for kind in ExchangeKind::ALL {
             let exchange = Exchange::new("x".into(), kind, options, arguments.clone());
             let stateful = exchange.observes_messages().then_some(QueueId(1 << 40));
             let decoded = decode(&exchange_key("/", "x"), &exchange_value(&exchange, stateful));
@@ -347,12 +331,12 @@ mod tests {
             let before = decode(&exchange_key("/", "x"), &exchange_value(&exchange, None));
             assert!(matches!(before, Ok(Definition::Exchange { state: None, .. })));
             let (routing, length) = match kind {
-                Delayed | RecentHistory => (RecentHistory, Some(7)),
+                ExchangeKind::Delayed | ExchangeKind::RecentHistory => (ExchangeKind::RecentHistory, Some(7)),
                 other => (other, None),
             };
             assert_eq!(
                 (read.routing_kind(), read.history_length(), read.is_delayed()),
-                (routing, length, kind == Delayed)
+                (routing, length, kind == ExchangeKind::Delayed)
             );
         }
     }

@@ -26,6 +26,8 @@ mod reply;
 pub mod router;
 pub mod rules;
 mod stream;
+#[cfg(test)]
+mod test_port;
 mod timers;
 mod trace;
 mod vhost;

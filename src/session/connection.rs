@@ -260,11 +260,6 @@ impl Session {
         self.heartbeat_secs
     }
 
-    /// Whether the client understands `connection.blocked`.
-    pub fn wants_blocked(&self) -> bool {
-        self.client.blocked
-    }
-
     /// Whether so much waits for the client that nothing more should be read from it.
     pub fn is_clogged(&self) -> bool {
         self.outbox.waiting_bytes() > CLOGGED_BYTES

@@ -25,21 +25,6 @@ pub enum ExchangeKind {
     Delayed,
 }
 
-/// Every type.
-const ALL: [ExchangeKind; 11] = [
-    ExchangeKind::Direct,
-    ExchangeKind::Fanout,
-    ExchangeKind::Topic,
-    ExchangeKind::Headers,
-    ExchangeKind::ConsistentHash,
-    ExchangeKind::Random,
-    ExchangeKind::LocalRandom,
-    ExchangeKind::ModulusHash,
-    ExchangeKind::RecentHistory,
-    ExchangeKind::JmsTopic,
-    ExchangeKind::Delayed,
-];
-
 /// Words that are no exchange type but that every RabbitMQ node knows as atoms; it has another text for them.
 const KNOWN_WORDS: [&str; 22] = [
     "",
@@ -82,12 +67,27 @@ pub enum UnknownExchangeKind {
 }
 
 impl ExchangeKind {
+    /// Every type.
+    pub(in crate::broker) const ALL: [Self; 11] = [
+        Self::Direct,
+        Self::Fanout,
+        Self::Topic,
+        Self::Headers,
+        Self::ConsistentHash,
+        Self::Random,
+        Self::LocalRandom,
+        Self::ModulusHash,
+        Self::RecentHistory,
+        Self::JmsTopic,
+        Self::Delayed,
+    ];
+
     /// The type a client names in `exchange.declare`. Case counts.
     ///
     /// # Errors
     /// The text for a type that is none.
     pub fn parse(name: &str) -> Result<Self, UnknownExchangeKind> {
-        match ALL.into_iter().find(|kind| kind.as_str() == name) {
+        match Self::ALL.into_iter().find(|kind| kind.as_str() == name) {
             Some(kind) => Ok(kind),
             None if KNOWN_WORDS.contains(&name) => Err(UnknownExchangeKind::Invalid(name.to_owned())),
             None => Err(UnknownExchangeKind::Unknown(name.to_owned())),
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn types_are_parsed_case_sensitively_with_rabbitmqs_texts() {
-        for kind in ALL {
+        for kind in ExchangeKind::ALL {
             assert_eq!(ExchangeKind::parse(kind.as_str()), Ok(kind));
         }
         assert_eq!(ExchangeKind::parse("x-delayed-message"), Ok(ExchangeKind::Delayed));

@@ -19,7 +19,7 @@ use super::arguments::{self as argument_checks, QueueType};
 use super::rules::Deduplication;
 use super::{events::EVENT_EXCHANGE, trace::TRACE_EXCHANGE};
 use crate::model::arguments::{self, InequivalentArgument};
-use crate::model::{Name, ResourceName, erlang, is_reserved};
+use crate::model::{Name, ResourceName, erlang};
 
 mod consistent_hash;
 mod delayed;
@@ -120,12 +120,6 @@ impl Exchange {
     #[must_use]
     pub fn is_default(&self) -> bool {
         self.name.is_empty()
-    }
-
-    /// Whether the server made it: clients may neither declare a new one of such a name nor delete it.
-    #[must_use]
-    pub fn is_system(&self) -> bool {
-        self.is_default() || is_reserved(&self.name)
     }
 
     /// The alternate exchange in force: the argument's, else the policy's.

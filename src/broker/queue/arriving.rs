@@ -32,6 +32,27 @@ enum Admitted {
     Duplicate(Round),
 }
 
+/// Which of its messages a queue has after a restart.
+#[derive(Clone, Copy)]
+enum Persistence {
+    /// A persistent message in a transient queue is as transient as the queue.
+    None,
+    Persistent,
+    /// A quorum-type queue keeps everything.
+    All,
+}
+
+impl Persistence {
+    #[inline]
+    fn keeps(self, message: &Message<'_>) -> bool {
+        match self {
+            Persistence::None => false,
+            Persistence::Persistent => message.persistent,
+            Persistence::All => true,
+        }
+    }
+}
+
 /// The deduplication of a queue.
 pub(super) struct QueueDedup {
     pub cache: DedupCache,
@@ -159,7 +180,7 @@ impl Queue {
         }
         let now = clock::now_unix_ms();
         let properties = Properties::parse(message.properties).unwrap_or_default();
-        let persistent = state.persists(message);
+        let persistent = state.persistence().keeps(message);
         let admission = match self.admit(state, message, &properties, persistent, now) {
             Admitted::Yes(admission) => admission,
             Admitted::Duplicate(round) => return Outcome::Accepted(round),
@@ -284,22 +305,26 @@ impl QueueState {
         taken
     }
 
-    /// A persistent message in a transient queue is as transient as the queue; a quorum-type queue keeps everything.
+    /// Which messages survive a restart.
     #[inline]
-    pub(super) fn persists(&self, message: &Message<'_>) -> bool {
-        (message.persistent || self.checkouts.is_some()) && self.durable
+    fn persistence(&self) -> Persistence {
+        match (self.durable, self.checkouts.is_some()) {
+            (false, _) => Persistence::None,
+            (true, false) => Persistence::Persistent,
+            (true, true) => Persistence::All,
+        }
     }
 
     /// Appends a run of messages.
     ///
     /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
     fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64, expected_bytes: usize) {
-        let (durable, keeps_all) = (self.durable, self.checkouts.is_some());
+        let persistence = self.persistence();
         let is_plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
         let mut appended = 0;
         if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
             for message in messages.iter().take_while(|message| message.extension.is_empty()) {
-                let persistent = (message.persistent || keeps_all) && durable;
+                let persistent = persistence.keeps(message);
                 if persistent == message.persistent {
                     lane.log.append(message, now_unix_ms, expected_bytes);
                 } else {
@@ -315,7 +340,7 @@ impl QueueState {
     }
 
     pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {
-        let persistent = self.persists(message);
+        let persistent = self.persistence().keeps(message);
         let message = Message { persistent, ..*message };
         let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
         if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {

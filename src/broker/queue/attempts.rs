@@ -45,6 +45,11 @@ impl Attempts {
         self.entries.is_empty()
     }
 
+    /// Whether the store may have something of it.
+    pub fn is_in_use(&self) -> bool {
+        !self.entries.is_empty() || self.is_dirty()
+    }
+
     #[inline]
     pub fn get(&self, position: u64) -> Option<Attempt> {
         self.entries.get(&position).copied()

@@ -49,6 +49,7 @@ impl Queue {
                 Attempts::default()
             });
             state.hold_waiting();
+            self.schedule(state);
         }
     }
 

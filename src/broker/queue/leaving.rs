@@ -19,7 +19,6 @@ use crate::{
         rules::{DelayedRetryKind, Overflow},
     },
     clock,
-    model::Name,
 };
 
 /// Messages that expire in one go before the lock is given up.
@@ -99,8 +98,8 @@ impl QueueState {
 }
 
 impl Queue {
-    /// Gives a held message up: dead-letters it, or consumes it where nothing is to be done with dead letters. `failures` are
-    /// the failed deliveries it has behind it.
+    /// Gives a held message up: dead-letters it, or consumes it where nothing is to be done with dead letters. `failures`
+    /// are the failed deliveries it has behind it.
     fn bury(
         self: &Arc<Self>,
         state: &mut QueueState,
@@ -118,15 +117,32 @@ impl Queue {
             lane.log.message(seq).as_ref().map(OwnedMessage::from)
         });
         effects.dead.push(DyingMessage {
-            queue: self.clone(),
-            deliveries: failures,
             position: Some(delivery.seq),
-            body_bytes: delivery.body_bytes,
-            durable: delivery.persistent,
-            reason,
-            target: dead_letter_target(state),
+            deliveries: failures,
             message,
+            ..self.dying(state, reason, delivery.body_bytes, delivery.persistent)
         });
+    }
+
+    /// A message that is given up: no longer in the queue, never failed, and still without its content.
+    fn dying(
+        self: &Arc<Self>,
+        state: &QueueState,
+        reason: DeathReason,
+        body_bytes: u32,
+        durable: bool,
+    ) -> DyingMessage {
+        let exchange = state.rules.dead_letter_exchange.clone();
+        DyingMessage {
+            queue: self.clone(),
+            deliveries: 0,
+            position: None,
+            body_bytes,
+            durable,
+            reason,
+            target: exchange.map(|exchange| (exchange, state.rules.dead_letter_routing_key.clone())),
+            message: None,
+        }
     }
 
     /// Whether messages that die of `reason` go somewhere.
@@ -143,14 +159,8 @@ impl Queue {
     ) {
         if self.keeps_dead(state, DeathReason::MaxLen) {
             effects.dead.push(DyingMessage {
-                queue: self.clone(),
-                deliveries: 0,
-                position: None,
-                body_bytes: message.body.len() as u32,
-                durable: message.persistent,
-                reason: DeathReason::MaxLen,
-                target: dead_letter_target(state),
                 message: Some(OwnedMessage::from(message)),
+                ..self.dying(state, DeathReason::MaxLen, message.body.len() as u32, message.persistent)
             });
         }
     }
@@ -170,16 +180,8 @@ impl Queue {
             let failures = state.attempts.failures(delivery.seq);
             self.bury(state, &delivery, (reason, failures), Some(message), effects);
         } else if self.keeps_dead(state, reason) {
-            effects.dead.push(DyingMessage {
-                queue: self.clone(),
-                deliveries: 0,
-                position: None,
-                body_bytes,
-                durable: message.persistent,
-                reason,
-                target: dead_letter_target(state),
-                message: Some(message),
-            });
+            let dying = self.dying(state, reason, body_bytes, message.persistent);
+            effects.dead.push(DyingMessage { message: Some(message), ..dying });
         }
     }
 
@@ -371,12 +373,6 @@ impl Queue {
         }
         self.note_changes(&mut state);
     }
-}
-
-/// Where a queue's dead letters go.
-fn dead_letter_target(state: &QueueState) -> Option<(Name, Option<Name>)> {
-    let exchange = state.rules.dead_letter_exchange.clone()?;
-    Some((exchange, state.rules.dead_letter_routing_key.clone()))
 }
 
 /// How long a returned message waits, in milliseconds.

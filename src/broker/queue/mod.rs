@@ -6,12 +6,14 @@
 //!
 //! # Invariants
 //! - Q1: a message is ready, unacked, or gone; never two of these.
-//! - Q2: ready messages leave in the order of their positions; a returned one has its old position.
+//! - Q2: ready messages of a priority leave in the order of their positions, and a returned one has its old position;
+//!   but in quorum-type queues, returned ones leave before all others, in the order of their return.
 //! - Q3: a publish answers the round that will hold it; delivery need not wait for that round.
 //! - Q4: no other queue is touched while this one is locked.
 //!
 //! # Elsewhere
-//! How messages enter: `arriving`; how they leave other than by an ack: `leaving`. Delivery tags and `multiple`: `session`. Matching: `broker::exchange`. File formats: `store`.
+//! How messages enter: `arriving`; how they leave other than by an ack: `leaving`. Delivery tags and `multiple`:
+//! `session`. Matching: `broker::exchange`. File formats: `store`.
 
 mod arriving;
 mod attempts;
@@ -120,7 +122,8 @@ pub struct DeletedQueue {
     pub consumers: Vec<Consumer>,
     /// Messages that were ready.
     pub ready: u64,
-    /// The logs and other owners of which the store may hold something. Most queues never get there, and a deletion in the store is not free.
+    /// The logs and other owners of which the store may hold something. Most queues never get there, and a deletion in
+    /// the store is not free.
     pub in_store: Vec<QueueId>,
 }
 
@@ -162,8 +165,8 @@ impl Queue {
         Self::build(options, traits, rules, id, environment, Origin::New, &[])
     }
 
-    /// A durable queue as the store has it, `records` being those of its logs by level. Their consumed sets are read when
-    /// the queue is first used.
+    /// A durable queue as the store has it, `records` being those of its logs by level. Their consumed sets and counts of
+    /// failed deliveries are read when the queue is first used.
     pub fn recovered(
         options: QueueOptions,
         traits: QueueTraits,
@@ -196,7 +199,8 @@ impl Queue {
             let lane_id = QueueId(id.0 + u64::from(level));
             state.lanes.insert(Lane::recovered(level, lane_id, budget.clone(), record));
         }
-        state.attempts_unread = !records.is_empty() && state.counts_attempts();
+        // Whatever the rules are now: they may ask for the counts later, and what is consumed until then must leave them.
+        state.attempts_unread = !records.is_empty();
         state.dedup = QueueDedup::of(&traits, id, options.durable, origin, &environment);
         let is_particular = traits.delayed || state.dedup.is_some();
         let may_reject = AtomicBool::new(state.may_reject());
@@ -233,11 +237,6 @@ impl Queue {
     /// The queue as error texts name it.
     pub fn resource(&self) -> ResourceName {
         ResourceName::queue(&self.options.name, &self.options.vhost)
-    }
-
-    /// The highest log id of the queue.
-    pub fn last_id(&self) -> QueueId {
-        QueueId(self.id.0 + u64::from(self.traits.max_priority))
     }
 
     /// Hands out what consumers can take.
@@ -472,7 +471,8 @@ impl Queue {
         self.state.lock().lanes.iter().map(|lane| lane.log.resident_bytes()).sum::<usize>() + delayed
     }
 
-    /// Ends the queue if `check` agrees: drops its messages and answers what is left to be done. `None` when it was gone already.
+    /// Ends the queue if `check` agrees: drops its messages and answers what is left to be done. `None` when it was gone
+    /// already.
     ///
     /// # Errors
     /// What `check` says; the queue is then unchanged.
@@ -488,12 +488,13 @@ impl Queue {
             return Ok(None);
         }
         check(&state.counts())?;
-        let counts_attempts = state.counts_attempts();
+        let may_have_attempts = state.counts_attempts() || state.attempts_unread || state.attempts.is_in_use();
         let mut deleted = state.delete();
         if let Some(delays) = &self.delays {
             delays.close();
         }
-        let stored = self.options.durable && (self.is_particular || (counts_attempts && !deleted.in_store.is_empty()));
+        let has_attempts = may_have_attempts && !deleted.in_store.is_empty();
+        let stored = self.options.durable && (self.is_particular || has_attempts);
         let has_notes = self.delays.is_some() || stored;
         if has_notes && !deleted.in_store.contains(&self.id) {
             deleted.in_store.push(self.id);

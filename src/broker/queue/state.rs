@@ -4,7 +4,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use super::{
-    ConsumerId, DeletedQueue, Settled, Settlement,
+    ConsumerId, DeletedQueue, Settled,
     arriving::QueueDedup,
     attempts::Attempts,
     checkouts::Checkouts,
@@ -461,11 +461,4 @@ pub(super) fn decorate_attempts<'m>(
     let shown = if attempt.failed > 0 { &counts[..] } else { &counts[..1] };
     delivery_headers::add_counts(message.properties, shown, decorated);
     message.properties = decorated;
-}
-
-impl Settlement {
-    /// Whether the message goes back to the queue.
-    pub fn is_return(self) -> bool {
-        matches!(self, Settlement::Returned | Settlement::Failed)
-    }
 }

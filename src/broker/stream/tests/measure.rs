@@ -8,30 +8,11 @@ struct Counter {
     count: std::sync::atomic::AtomicU64,
 }
 
-impl DeliveryWriter for &Counter {
-    fn deliver(&mut self, _: &Delivery<'_>) -> Offer {
+impl TestPort for Counter {
+    fn deliver(&self, _: &Delivery<'_>) -> Offer {
         self.count.fetch_add(1, Ordering::Relaxed);
         Offer::Taken
     }
-
-    fn answer_get(&mut self, _: &Delivery<'_>, _: u64) -> Offer {
-        Offer::Gone
-    }
-}
-
-impl Port for Counter {
-    fn with_writer(&self, write: &mut dyn FnMut(&mut dyn DeliveryWriter)) -> bool {
-        write(&mut &*self);
-        true
-    }
-
-    fn wake(&self) {}
-
-    fn consumer_cancelled(&self, _: Address) {}
-
-    fn consumer_timed_out(&self, _: Address) {}
-
-    fn get_timed_out(&self, _: Address) {}
 }
 
 fn resident_mib() -> u64 {

@@ -18,8 +18,9 @@ use super::*;
 use crate::{
     broker::{
         message::{Body, encode_names},
-        port::{Address, Delivery, DeliveryWriter, Offer, Port},
+        port::{Address, Delivery, Offer},
         queue::record,
+        test_port::TestPort,
     },
     model::properties::{Properties, raw_entries},
     store::{CommitHook, Recovered, StoreOptions},
@@ -63,8 +64,8 @@ fn header_of(properties: &[u8]) -> u64 {
     u64::from_be_bytes(entry.bytes[entry.bytes.len() - 8..].try_into().expect("a long"))
 }
 
-impl DeliveryWriter for &Client {
-    fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer {
+impl TestPort for Client {
+    fn deliver(&self, delivery: &Delivery<'_>) -> Offer {
         if self.full.load(Ordering::SeqCst) {
             return Offer::Blocked;
         }
@@ -75,25 +76,6 @@ impl DeliveryWriter for &Client {
         self.seen.lock().push(Seen { offset: delivery.seq, id, bytes: body.len() });
         Offer::Taken
     }
-
-    fn answer_get(&mut self, _: &Delivery<'_>, _: u64) -> Offer {
-        unreachable!("streams are not read with basic.get")
-    }
-}
-
-impl Port for Client {
-    fn with_writer(&self, write: &mut dyn FnMut(&mut dyn DeliveryWriter)) -> bool {
-        write(&mut &*self);
-        true
-    }
-
-    fn wake(&self) {}
-
-    fn consumer_cancelled(&self, _: Address) {}
-
-    fn consumer_timed_out(&self, _: Address) {}
-
-    fn get_timed_out(&self, _: Address) {}
 }
 
 /// Polls until `is_so`; gives up after a long time.
