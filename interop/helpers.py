@@ -46,6 +46,21 @@ class Server:
         return 16 << 20 if self.is_rabbitmq and not self.is_3x else 128 << 20
 
 
+def numbers(count: int, start: int = 1) -> list[bytes]:
+    """Bodies that tell messages apart: b"1", b"2" and so on."""
+    return [str(number).encode() for number in range(start, start + count)]
+
+
+def place(queue: str) -> str:
+    """A queue as error texts name it."""
+    return f"queue '{queue}' in vhost '/'"
+
+
+def count_of(channel: BlockingChannel, queue: str) -> int:
+    """The ready messages."""
+    return channel.queue_declare(queue, passive=True).method.message_count
+
+
 def reply_text(code: int, explanation: str) -> str:
     """The text of a close as sent: named by its code and at most 255 characters long."""
     text = f"{CODE_NAMES[code]} - {explanation}" if explanation else CODE_NAMES[code]

@@ -10,14 +10,11 @@ from helpers import (
     drain,
     expect_counts,
     get_one,
+    numbers,
     publish,
     queue_exists,
 )
 from raw import FULL_CAPABILITIES, Typed, publish_frames
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
 
 
 # ---- Tags and deliveries

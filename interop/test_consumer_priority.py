@@ -9,6 +9,7 @@ from helpers import (
     drain,
     expect_channel_close,
     expect_counts,
+    numbers,
     publish,
     publish_confirmed,
 )
@@ -16,10 +17,6 @@ from raw import FULL_CAPABILITIES, Typed
 
 pytestmark = pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 DEAF = {"client_properties": {"capabilities": FULL_CAPABILITIES | {"consumer_cancel_notify": False}}}
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
 
 
 @pytest.fixture

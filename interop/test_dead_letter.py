@@ -13,13 +13,10 @@ from helpers import (
     get,
     get_one,
     never,
+    numbers,
     publish,
 )
 from raw import publish_frames
-
-
-def numbers(count):
-    return [str(number).encode() for number in range(1, count + 1)]
 
 
 def bury(channel, queue):

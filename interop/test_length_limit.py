@@ -15,13 +15,10 @@ from helpers import (
     get,
     get_one,
     never,
+    numbers,
     publish,
 )
 from raw import publish_frames
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from helpers import (
     expect_counts,
     get,
     get_one,
+    numbers,
+    place,
     publish,
     publish_confirmed,
     queue_exists,
@@ -24,17 +26,9 @@ from raw import Typed
 QUORUM = {"x-queue-type": "quorum"}
 
 
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
-
-
 @pytest.fixture
 def queue(declare):
     return declare("quorum")
-
-
-def place(queue):
-    return f"queue '{queue}' in vhost '/'"
 
 
 # ---- Declaring

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from helpers import consume, drain, eventually, get, get_one, publish_confirmed
+from helpers import consume, count_of, drain, eventually, get, get_one, numbers, publish_confirmed
 from raw import Typed
 
 # Ways of giving a message back that count as a failed delivery, and ways that do not.
@@ -14,14 +14,6 @@ RETURNED = ["nack", "multiple_nack", "recover"]
 
 # Instants are taken here and by the server, which may round them to milliseconds.
 ROUNDING = 0.002
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
-
-
-def count_of(channel, queue):
-    return channel.queue_declare(queue, passive=True).method.message_count
 
 
 def counts(message):

@@ -8,15 +8,12 @@ from helpers import (
     drain,
     expect_channel_close,
     expect_counts,
+    numbers,
     publish_confirmed,
 )
 
 pytestmark = pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 LEAVING = pytest.mark.parametrize("how", ["cancel", "channel_close", "connection_close", "socket_loss"])
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
 
 
 @pytest.fixture

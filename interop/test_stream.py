@@ -5,10 +5,13 @@ import pytest
 
 from helpers import (
     RawConsumer,
+    count_of,
     eventually,
     expect_channel_close,
     expect_connection_close,
     get_one,
+    numbers,
+    place,
     publish_confirmed,
     queue_exists,
 )
@@ -16,18 +19,6 @@ from raw import FULL_CAPABILITIES, Typed
 
 STREAM = {"x-queue-type": "stream"}
 OF_STREAM = " of queue type rabbit_stream_queue"
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
-
-
-def place(queue):
-    return f"queue '{queue}' in vhost '/'"
-
-
-def count_of(channel, queue):
-    return channel.queue_declare(queue, passive=True).method.message_count
 
 
 @pytest.fixture

@@ -8,17 +8,11 @@ from helpers import (
     RawConsumer,
     expect_channel_close,
     expect_connection_close,
+    numbers,
+    place,
     publish_confirmed,
 )
 from raw import Typed, plain
-
-
-def numbers(count, start=1):
-    return [str(number).encode() for number in range(start, start + count)]
-
-
-def place(queue):
-    return f"queue '{queue}' in vhost '/'"
 
 
 def offsets(consumer):
