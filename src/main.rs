@@ -7,11 +7,12 @@ use std::process::ExitCode;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
-/// Read by the allocator at start: few arenas for few threads, and unused pages returned after one second.
+/// Read by the allocator at start: few arenas for few threads, unused pages returned after a third of a second, and what is
+/// as large as a round (but no body that is common) returned at once.
 #[expect(non_upper_case_globals, reason = "the symbol the allocator looks for")]
 #[unsafe(export_name = "malloc_conf")]
 pub static malloc_conf: &[u8] =
-    b"narenas:4,dirty_decay_ms:1000,muzzy_decay_ms:0,background_thread:true,tcache_max:4096\0";
+    b"narenas:2,dirty_decay_ms:300,muzzy_decay_ms:0,oversize_threshold:2097152,background_thread:true,tcache_max:4096\0";
 
 fn main() -> ExitCode {
     leveret::cli::main()

@@ -58,14 +58,14 @@ impl Server {
         raise_file_limit();
         let (store, recovered) = Store::open(StoreOptions {
             path: config.data_dir.clone(),
-            block_cache_bytes: config.store.block_cache_bytes,
-            write_buffer_bytes: config.store.write_buffer_bytes,
+            block_cache_bytes: config.store.block_cache_bytes.unwrap_or(config.memory.block_cache_bytes),
+            write_buffer_bytes: config.store.write_buffer_bytes.unwrap_or(config.memory.write_buffer_bytes),
             sync: config.store.durability == Durability::Fsync,
             hook,
             ..StoreOptions::default()
         })?;
         let limits = BrokerLimits {
-            memory_budget_bytes: usize::try_from(config.memory_budget_bytes).unwrap_or(usize::MAX),
+            memory_budget_bytes: config.memory.message_bytes,
             disk_free_limit_bytes: config.disk_free_limit_bytes,
         };
         let broker = Broker::with_settings(store.clone(), recovered, limits, settings(&config));

@@ -16,6 +16,7 @@
 mod error;
 mod file;
 mod flags;
+mod memory;
 mod policies;
 mod settings;
 mod value;
@@ -27,6 +28,7 @@ use std::time::Duration;
 
 pub use error::{ConfigError, Origin};
 pub use flags::Flags;
+pub use memory::MemoryPlan;
 pub use policies::ConfiguredPolicy;
 
 use crate::auth::{PasswordHash, Permission, User};
@@ -55,8 +57,8 @@ pub struct Config {
     pub node_name: String,
     pub cluster_name: String,
     pub worker_threads: usize,
-    /// What messages held in memory may take before queues page out.
-    pub memory_budget_bytes: u64,
+    /// What messages, writes under way and blocks read back may take in memory, all together.
+    pub memory: MemoryPlan,
     /// 0 turns the disk alarm off.
     pub disk_free_limit_bytes: u64,
     pub amqp: AmqpConfig,
@@ -113,12 +115,12 @@ pub struct AmqpConfig {
     pub max_message_size_bytes: u64,
 }
 
-/// How the store writes, and what it may hold in memory.
+/// How the store writes, and what it may hold in memory where that is not what [`MemoryPlan`] says.
 #[derive(Clone, Debug)]
 pub struct StoreConfig {
     pub durability: Durability,
-    pub block_cache_bytes: usize,
-    pub write_buffer_bytes: usize,
+    pub block_cache_bytes: Option<usize>,
+    pub write_buffer_bytes: Option<usize>,
 }
 
 /// What a confirm waits for.
@@ -228,7 +230,7 @@ impl Default for Draft {
             cluster_name: node_name.clone(),
             node_name,
             worker_threads: available_cores(),
-            memory_budget_bytes: 128 << 20,
+            memory: MemoryPlan::of(memory::DEFAULT_BYTES),
             disk_free_limit_bytes: 50_000_000,
             amqp: AmqpConfig {
                 heartbeat_secs: 60,
@@ -238,11 +240,7 @@ impl Default for Draft {
                 handshake_timeout: Duration::from_secs(10),
                 max_message_size_bytes: 128 << 20,
             },
-            store: StoreConfig {
-                durability: Durability::Fsync,
-                block_cache_bytes: 16 << 20,
-                write_buffer_bytes: 16 << 20,
-            },
+            store: StoreConfig { durability: Durability::Fsync, block_cache_bytes: None, write_buffer_bytes: None },
             queues: QueueConfig {
                 default_type: QueueType::Classic,
                 consumer_timeout: Some(Duration::from_secs(1800)),

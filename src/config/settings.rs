@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
+use super::memory::{LEAST_BYTES, MemoryPlan};
 use super::value::{Parsed, Value};
 use super::{ConfigError, Draft, Durability, LogFormat, MAX_MESSAGE_SIZE_CAP_BYTES, Origin, available_cores};
 use crate::broker::arguments::QueueType;
@@ -118,14 +119,15 @@ pub(super) const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
-        key: "memory_budget",
+        key: "memory.budget",
         flag: "memory-budget",
         on_command_line: true,
         value_name: "SIZE",
-        default: "128MiB",
-        help: "What messages may take in memory before the middle of long queues is kept on disk only",
+        default: "40MiB",
+        help: "What messages, writes under way and blocks read back may take in memory. What does not fit of long \
+               queues is kept on disk only",
         heading: "Storage",
-        apply: |draft, value| set(&mut draft.config.memory_budget_bytes, value.size(MIB..=1024 * GIB)),
+        apply: |draft, value| set(&mut draft.config.memory, value.size(LEAST_BYTES..=1024 * GIB).map(MemoryPlan::of)),
     },
     Setting {
         key: "disk_free_limit",
@@ -142,20 +144,21 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "store-block-cache",
         on_command_line: true,
         value_name: "SIZE",
-        default: "16MiB",
-        help: "Memory for blocks read back from disk",
+        default: "(an eighth of memory.budget)",
+        help: "Memory for blocks read back from disk, if not a share of memory.budget",
         heading: "Storage",
-        apply: |draft, value| set(&mut draft.config.store.block_cache_bytes, memory_size(value, 64 * GIB)),
+        apply: |draft, value| set(&mut draft.config.store.block_cache_bytes, memory_size(value, 64 * GIB).map(Some)),
     },
     Setting {
         key: "store.write_buffer",
         flag: "store-write-buffer",
         on_command_line: true,
         value_name: "SIZE",
-        default: "16MiB",
-        help: "Memory for writes that are in the write-ahead log but not yet in a table file",
+        default: "(a quarter of memory.budget)",
+        help: "Memory for writes that are in the write-ahead log but not yet in a table file, if not a share of \
+               memory.budget",
         heading: "Storage",
-        apply: |draft, value| set(&mut draft.config.store.write_buffer_bytes, memory_size(value, GIB)),
+        apply: |draft, value| set(&mut draft.config.store.write_buffer_bytes, memory_size(value, GIB).map(Some)),
     },
     Setting {
         key: "amqp.heartbeat",

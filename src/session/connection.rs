@@ -221,7 +221,7 @@ impl Session {
 
     /// Whether a publisher has to wait for paging to catch up.
     pub fn must_hold_back(&self) -> bool {
-        self.broker.memory().is_exhausted()
+        self.broker.memory().must_hold_back()
     }
 
     /// The alarm in force, as `connection.blocked` names it.

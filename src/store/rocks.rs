@@ -38,6 +38,10 @@ const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
 /// WAL files kept for reuse. One is open, and a flush frees them one or two at a time.
 const RECYCLED_WALS: usize = 4;
 
+/// Memtables of a family that is written much: one that fills and one that is flushed. When both are full the commit thread
+/// waits, and with it publishers, which is better than memory that grows or RocksDB's guess at a rate.
+const MEMTABLES: i32 = 2;
+
 /// Table and blob files that are kept open.
 const OPEN_FILES: i32 = 128;
 
@@ -229,6 +233,7 @@ fn database_options(buffers: &WriteBufferManager) -> Result<Options, rocksdb::Er
     base.set_stats_dump_period_sec(0);
     base.set_stats_persist_period_sec(0);
     base.set_bytes_per_sync(1024 * 1024);
+    base.set_compaction_readahead_size(256 * 1024);
     base.set_manifest_preallocation_size(64 * 1024);
     base.set_max_manifest_file_size(16 * 1024 * 1024);
     Ok(base)
@@ -254,7 +259,7 @@ fn family_base() -> Options {
 fn log_family(options: &StoreOptions, cache: &Cache) -> Options {
     let mut family = family_base();
     family.set_write_buffer_size(options.write_buffer_bytes / 2);
-    family.set_max_write_buffer_number(4);
+    family.set_max_write_buffer_number(MEMTABLES);
     family.set_compression_type(DBCompressionType::Lz4);
     family.set_level_compaction_dynamic_level_bytes(true);
     family.set_target_file_size_base(32 * 1024 * 1024);
@@ -283,7 +288,7 @@ fn small_family(options: &StoreOptions, cache: &Cache) -> Options {
 /// the log, but not those of the common size: their blob files would be held by the last note in them.
 fn notes_family(options: &StoreOptions, cache: &Cache) -> Options {
     let mut family = small_family(options, cache);
-    family.set_max_write_buffer_number(4);
+    family.set_max_write_buffer_number(MEMTABLES);
     family.set_level_compaction_dynamic_level_bytes(true);
     family.set_enable_blob_files(true);
     family.set_min_blob_size(MIN_NOTE_BLOB_BYTES);

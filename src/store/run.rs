@@ -19,6 +19,9 @@ const RUN_VERSION: u8 = 1;
 /// What a run is cut at. Large enough for few keys, small enough that a read of a few records reads little more.
 pub(super) const MAX_RUN_BYTES: usize = 256 * 1024;
 
+/// Steps by which a large buffer grows.
+const GROWTH_BYTES: usize = 1024 * 1024;
+
 /// Most that [`RunWriter::append`] puts before a record.
 const MAX_HEADER_BYTES: usize = 2 * MAX_VARINT_BYTES + 4;
 
@@ -72,7 +75,7 @@ impl RunWriter {
             self.buffer.push(RUN_VERSION);
         }
         open.last = seq;
-        self.buffer.reserve(MAX_HEADER_BYTES + record.len());
+        make_room(&mut self.buffer, MAX_HEADER_BYTES + record.len());
         put_varint(&mut self.buffer, seq - open.first);
         put_varint(&mut self.buffer, record.len() as u64);
         self.buffer.extend_from_slice(&checksum(open.seed, seq, record).to_le_bytes());
@@ -101,6 +104,17 @@ impl RunWriter {
         self.open = None;
         self.buffer.clear();
         self.buffer.shrink_to(keep_bytes);
+    }
+}
+
+/// Large buffers grow by steps: doubling would have as much again reserved for nothing.
+#[inline]
+fn make_room(buffer: &mut Vec<u8>, bytes: usize) {
+    if buffer.capacity() - buffer.len() < bytes {
+        match buffer.capacity() {
+            0..GROWTH_BYTES => buffer.reserve(bytes),
+            _ => buffer.reserve_exact(bytes.max(GROWTH_BYTES)),
+        }
     }
 }
 

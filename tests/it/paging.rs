@@ -6,12 +6,12 @@ use crate::support::{
     within,
 };
 
-const BUDGET: u64 = 4 << 20;
+const BUDGET: usize = 4 << 20;
 /// Messages of 8 KiB: 64 MiB in all.
 const MESSAGES: u64 = 8192;
 
 async fn tight() -> TestBroker {
-    TestBroker::with(|config| config.memory_budget_bytes = BUDGET).await
+    TestBroker::with(|config| config.memory.message_bytes = BUDGET).await
 }
 
 /// A body that says which message it is, all through.
@@ -46,7 +46,7 @@ fn in_memory(broker: &TestBroker) -> usize {
 }
 
 async fn expect_paged_out(broker: &TestBroker) {
-    eventually("the backlog leaves memory", async || (in_memory(broker) < 2 * BUDGET as usize).then_some(())).await;
+    eventually("the backlog leaves memory", async || (in_memory(broker) < 2 * BUDGET).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -44,7 +44,11 @@ use parking_lot::{Mutex, MutexGuard};
 pub(super) use self::owner::{DelayOwner, Origin, RELEASE_BATCH, delays_of, with_released};
 pub use self::window::{DelayId, Record};
 use self::window::{Phase, Window};
-use super::{memory::MemoryBudget, message::Message};
+use super::{
+    memory::{MemoryBudget, Unwritten},
+    message::Message,
+    queue::record::stored_len,
+};
 use crate::{
     clock,
     store::{QueueId, Round, Store},
@@ -98,6 +102,7 @@ struct State {
     next_serial: u64,
     /// The round that takes what changed since the last drain.
     dirty: Option<Round>,
+    unwritten: Unwritten,
     /// Pushed since the last drain. Those that are gone again are not in the window any more.
     puts: Vec<DelayId>,
     /// Taken or cancelled since the last drain, and written before.
@@ -167,10 +172,11 @@ impl Delays {
         let state = State {
             opening,
             closed: false,
-            window: Window::new(budget),
+            window: Window::new(budget.clone()),
             count: 0,
             next_serial: 0,
             dirty: None,
+            unwritten: Unwritten::new(budget),
             puts: Vec::new(),
             deletes: Vec::new(),
             writing: Vec::new(),
@@ -207,6 +213,7 @@ impl Delays {
         state.count += 1;
         state.window.insert(id, record, Phase::Unwritten);
         state.puts.push(id);
+        state.unwritten.add(stored_len(message));
         self.trim(&mut state, now_unix_ms);
         let round = self.mark_dirty(&mut state);
         let after = self.next_due_of(&state);

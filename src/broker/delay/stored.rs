@@ -208,6 +208,7 @@ impl RoundSource for Delays {
         let mut state = self.state.lock();
         let state = &mut *state;
         state.dirty = None;
+        state.unwritten.taken();
         if state.closed {
             return;
         }

@@ -133,6 +133,8 @@ impl Queue {
             self.schedule(state);
         }
         if state.lanes.has_unwritten() {
+            let bytes = messages.iter().map(record::stored_len).sum();
+            state.unwritten.add(bytes);
             return self.mark_dirty(state);
         }
         if self.environment.budget.is_over() {

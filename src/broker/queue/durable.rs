@@ -206,6 +206,7 @@ impl RoundSource for Queue {
         let mut guard = self.open();
         let state = &mut *guard;
         state.dirty = None;
+        state.unwritten.taken();
         if state.deleted {
             return;
         }

@@ -11,10 +11,11 @@ use crate::{
 
 /// Consumed segments at the head that are worth a range delete.
 const DELETE_SEGMENTS: u64 = 8;
-/// Body bytes consumed within a segment that are worth a delete of their own.
-const DELETE_BYTES: u64 = 16 << 20;
-/// Bytes of transient records paged out in one round.
-const PAGE_OUT_BYTES: usize = 32 << 20;
+/// Body bytes consumed that are worth a delete of their own. A fraction of what a memtable holds: a run that is deleted before
+/// its memtable is flushed is never written a second time.
+const DELETE_BYTES: u64 = 1 << 20;
+/// Bytes of transient records paged out in one round, which has them in memory two more times.
+const PAGE_OUT_BYTES: usize = 4 << 20;
 
 /// Messages and their body bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -67,6 +67,15 @@ pub fn encoded_len(message: &Message<'_>) -> usize {
     HEAD_BYTES + extension + message.names.len() + message.properties.len() + inline
 }
 
+/// Bytes a message takes in the store, beside what the store adds.
+#[inline]
+pub fn stored_len(message: &Message<'_>) -> usize {
+    match message.body {
+        Body::Inline(_) => encoded_len(message),
+        Body::Shared(body) => encoded_len(message) + body.len(),
+    }
+}
+
 /// Reads the fixed part.
 #[inline]
 pub fn head(record: &[u8]) -> Option<RecordHead> {

@@ -19,7 +19,7 @@ use crate::{
         arguments::QueueType,
         delivery_headers,
         extension::{self, Extension},
-        memory::MemoryBudget,
+        memory::{MemoryBudget, Unwritten},
         message::{Message, OwnedMessage},
         port::{Address, Delivery, Offer, Port},
         rules::{QueueRules, QueueTraits},
@@ -83,6 +83,8 @@ pub(super) struct QueueState {
     pub return_order: VecDeque<u64>,
     /// The round that will take the present changes, once the queue is on the store's list.
     pub dirty: Option<Round>,
+    /// Of durable messages, until a round takes them.
+    pub unwritten: Unwritten,
     /// The earliest instant at which something has to be done, as far as is known; `u64::MAX` for none.
     pub wake_at_unix_ms: u64,
     /// The earliest instant the timer was asked for.
@@ -123,6 +125,7 @@ impl QueueState {
         };
         let traits_groups = traits.message_group.as_deref().map(|header| Box::new(Groups::new(header)));
         QueueState {
+            unwritten: Unwritten::new(budget.clone()),
             lanes: Lanes::new(base, budget),
             consumers: ConsumerRing::new(sharing),
             unacked: Tally::default(),

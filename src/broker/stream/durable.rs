@@ -229,6 +229,7 @@ impl RoundSource for Stream {
         let mut guard = self.open();
         let state = &mut *guard;
         state.dirty = None;
+        state.unwritten.taken();
         if state.deleted {
             return;
         }

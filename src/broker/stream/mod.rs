@@ -43,7 +43,7 @@ use super::{
     memory::MemoryBudget,
     message::Message,
     port::Effects,
-    queue::{Consumer, ConsumerId, Counts, DeletedQueue, Settled},
+    queue::{Consumer, ConsumerId, Counts, DeletedQueue, Settled, record::stored_len},
     rules::StreamRules,
 };
 use crate::{
@@ -94,6 +94,7 @@ impl Stream {
             return 0; // routed, then gone: counts as accepted
         }
         state.append(messages, clock::now_unix_ms());
+        state.unwritten.add(messages.iter().map(stored_len).sum());
         self.mark_dirty(&mut state)
     }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     broker::{
-        memory::MemoryBudget,
+        memory::{MemoryBudget, Unwritten},
         message::{Body, Message},
         port::{Delivery, Effects, Offer},
         queue::{Consumer, ConsumerId, Counts, Settled, chunk::Chunk, record},
@@ -73,6 +73,8 @@ pub(super) struct State {
     pub dropped_bytes: u64,
     /// The round that will take the present changes, once the stream is on the store's list.
     pub dirty: Option<Round>,
+    /// Of messages, until a round takes them.
+    pub unwritten: Unwritten,
     /// The store has something of this stream.
     pub in_store: bool,
     /// The notes of a recovered stream were not read yet.
@@ -92,7 +94,7 @@ impl State {
     /// An empty stream.
     pub fn new(rules: StreamRules, budget: Arc<MemoryBudget>) -> Self {
         State {
-            tail: Tail::new(0, budget),
+            tail: Tail::new(0, budget.clone()),
             segments: Segments::new(0),
             readers: Readers::default(),
             offsets: Offsets::default(),
@@ -105,6 +107,7 @@ impl State {
             deleted_segments: 0,
             dropped_bytes: 0,
             dirty: None,
+            unwritten: Unwritten::new(budget),
             in_store: false,
             unopened: None,
             is_continuing: false,
