@@ -81,14 +81,20 @@ impl Queue {
         0
     }
 
-    /// Asks for a round when the queue holds memory others need. Called by the sweep.
+    /// Lets go of memory that others need, as far as the store has what is in it, and asks for a round for the rest. Called
+    /// by the sweep while the budget is exceeded.
     pub fn offer_eviction(self: &Arc<Self>) {
         if let Some(stream) = &self.stream {
             return stream.offer_eviction();
         }
         let mut state = self.state.lock();
+        if state.deleted {
+            return;
+        }
+        let idle = state.is_idle();
+        state.lanes.iter_mut().for_each(|lane| lane.evict(idle));
         let resident: usize = state.lanes.iter().map(|lane| lane.log.resident_bytes()).sum();
-        if resident > MIN_EVICTION_BYTES && !state.deleted {
+        if resident > if idle { 0 } else { MIN_EVICTION_BYTES } && self.environment.budget.is_over() {
             self.mark_dirty(&mut state);
         }
     }
@@ -221,8 +227,9 @@ impl RoundSource for Queue {
             false => state.attempts.discard_changes(),
         }
         if self.environment.budget.is_over() {
+            let idle = state.is_idle();
             for lane in state.lanes.iter_mut() {
-                lane.page_out(round, &mut state.scratch);
+                lane.page_out(round, idle, &mut state.scratch);
             }
         }
         // A large record made whole leaves a large buffer behind.
@@ -238,8 +245,7 @@ impl RoundSource for Queue {
             // Appends since the drain are not in this round: `written_to` is where the drain stopped.
             lane.committed_to = lane.written_to;
             if self.environment.budget.is_over() {
-                let committed_to = lane.committed_to;
-                lane.log.evict(committed_to);
+                lane.evict(false);
             }
         }
     }

@@ -292,10 +292,17 @@ impl Lane {
         self.consumption_unwritten = false;
     }
 
+    /// Lets go of chunks that the store has, while the budget is exceeded. `idle` tells that nobody takes messages now.
+    pub fn evict(&mut self, idle: bool) {
+        if self.unopened.is_none() {
+            self.log.evict(self.committed_to, idle);
+        }
+    }
+
     /// Moves transient records that may leave memory into a round.
-    pub fn page_out(&mut self, round: &mut RoundBuilder, scratch: &mut Vec<u8>) {
+    pub fn page_out(&mut self, round: &mut RoundBuilder, idle: bool, scratch: &mut Vec<u8>) {
         let (id, in_store) = (self.id, &mut self.in_store);
-        self.log.page_out(self.committed_to, PAGE_OUT_BYTES, scratch, &mut |seq, record| {
+        self.log.page_out(self.committed_to, idle, PAGE_OUT_BYTES, scratch, &mut |seq, record| {
             *in_store = true;
             round.page_out(id, seq, record);
         });

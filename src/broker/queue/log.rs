@@ -372,13 +372,17 @@ impl QueueLog {
     }
 
     /// The chunks that may leave memory, the last one first: neither the last of all, nor the two the cursor needs
-    /// first. Those before the cursor hold only what is unacked, which is read back if it is returned.
-    fn evictable(&self, committed_to: u64) -> impl Iterator<Item = usize> + use<> {
+    /// first, unless nobody needs them (`idle`). Those before the cursor hold only what is unacked, which is read back if it
+    /// is returned.
+    fn evictable(&self, committed_to: u64, idle: bool) -> impl Iterator<Item = usize> + use<> {
         let cursor = self.returned.first().unwrap_or(self.next);
         let first = self.chunks.partition_point(|chunk| chunk.end() <= cursor);
-        let near = if self.returned.is_empty() { first + 2 } else { first + 1 };
-        let until = self.chunks.partition_point(|chunk| chunk.end() <= committed_to);
-        let until = until.min(self.chunks.len().saturating_sub(1));
+        let committed = self.chunks.partition_point(|chunk| chunk.end() <= committed_to);
+        let (near, until) = match (idle, self.returned.is_empty()) {
+            (true, _) => (first, committed),
+            (false, true) => (first + 2, committed.min(self.chunks.len().saturating_sub(1))),
+            (false, false) => (first + 1, committed.min(self.chunks.len().saturating_sub(1))),
+        };
         (near..until).rev().chain((0..first.min(until)).rev())
     }
 
@@ -386,12 +390,13 @@ impl QueueLog {
     pub fn page_out(
         &mut self,
         committed_to: u64,
+        idle: bool,
         limit_bytes: usize,
         scratch: &mut Vec<u8>,
         each: &mut dyn FnMut(u64, &[u8]),
     ) {
         let mut bytes = 0;
-        for index in self.evictable(committed_to) {
+        for index in self.evictable(committed_to, idle) {
             let chunk = &self.chunks[index];
             if chunk.transient > 0 && !chunk.paged {
                 self.each_live(chunk, chunk.first(), scratch, false, each);
@@ -404,10 +409,11 @@ impl QueueLog {
         }
     }
 
-    /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped.
-    pub fn evict(&mut self, committed_to: u64) -> bool {
+    /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped. With `idle`, as
+    /// nobody takes messages of this log now, also those that are needed first.
+    pub fn evict(&mut self, committed_to: u64, idle: bool) -> bool {
         let mut dropped = false;
-        for index in self.evictable(committed_to) {
+        for index in self.evictable(committed_to, idle) {
             if !self.budget.is_over() {
                 break;
             }

@@ -210,6 +210,11 @@ impl QueueState {
             && (self.lanes.has_ready() || self.groups.as_ref().is_some_and(|groups| groups.parked.messages > 0))
     }
 
+    /// Whether nobody could take a message now.
+    pub(super) fn is_idle(&self) -> bool {
+        self.consumers.current_id().is_none()
+    }
+
     /// Whether messages arrive faster than the present consumers take them.
     #[inline]
     pub(super) fn is_congested(&self) -> bool {

@@ -115,10 +115,10 @@ impl LogSubject {
                 self.log
                     .for_each_durable(0, &mut Vec::new(), &mut |seq, record| drop(stored.insert(seq, record.to_vec())));
                 let committed_to = self.log.tail();
-                self.log.page_out(committed_to, usize::MAX, &mut Vec::new(), &mut |seq, record| {
+                self.log.page_out(committed_to, false, usize::MAX, &mut Vec::new(), &mut |seq, record| {
                     drop(stored.insert(seq, record.to_vec()))
                 });
-                self.log.evict(committed_to);
+                self.log.evict(committed_to, false);
             }
         }
         self.check();
