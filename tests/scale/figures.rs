@@ -1,5 +1,7 @@
 //! Long or short, what was measured, and whether that is good enough.
 
+#![allow(dead_code, reason = "several test programs share it, and each uses a part")]
+
 use std::{
     sync::{Mutex, MutexGuard},
     time::{Duration, Instant},

@@ -1,5 +1,7 @@
 //! Frames by hand: a client that costs little beside the broker, for messages with small bodies.
 
+#![allow(dead_code, reason = "several test programs share it, and each uses a part")]
+
 use std::{
     io::{ErrorKind, Read, Write},
     net::TcpStream,
