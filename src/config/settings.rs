@@ -144,7 +144,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "store-block-cache",
         on_command_line: true,
         value_name: "SIZE",
-        default: "(an eighth of memory.budget)",
+        default: "(an eighth of the budget)",
         help: "Memory for blocks read back from disk, if not a share of memory.budget",
         heading: "Storage",
         apply: |draft, value| set(&mut draft.config.store.block_cache_bytes, memory_size(value, 64 * GIB).map(Some)),
@@ -154,7 +154,7 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "store-write-buffer",
         on_command_line: true,
         value_name: "SIZE",
-        default: "(a quarter of memory.budget)",
+        default: "(a quarter of the budget)",
         help: "Memory for writes that are in the write-ahead log but not yet in a table file, if not a share of \
                memory.budget",
         heading: "Storage",
