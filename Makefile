@@ -90,8 +90,12 @@ crash-test: deps ## Kill the broker under load, again and again (CRASH_ROUNDS=20
 	CRASH_FEATURE_ROUNDS=$(CRASH_FEATURE_ROUNDS) cargo test $(CARGO_FLAGS) --test crash_features -- --nocapture
 
 .PHONY: scale
-scale: deps ## Millions of messages with priorities, groups, delays, and in streams: order, rates, lateness, memory
-	SCALE=full cargo test $(CARGO_FLAGS) --test scale -- --nocapture --test-threads 1
+scale: deps ## Millions of messages: rules of queues, streams, backlogs, starts, disk: order, rates, memory (an hour)
+	SCALE=full cargo test $(CARGO_FLAGS) --no-fail-fast --test scale --test backlog -- --nocapture --test-threads 1
+
+.PHONY: scale-long
+scale-long: deps ## A hundred million messages in one queue
+	SCALE=full BACKLOG=100000000 cargo test $(CARGO_FLAGS) --test backlog memory -- --nocapture --test-threads 1
 
 .PHONY: fuzz
 fuzz: deps ## Feed random frames, tables and properties to the parsers (FUZZ_SECONDS=600)
