@@ -15,7 +15,7 @@ use crate::{
     config::{Config, Durability},
     net::{Listener, Registry, Shared, keep_deadlines, keep_events, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
-    store::{CommitHook, Store, StoreError, StoreOptions},
+    store::{self, CommitHook, Store, StoreError, StoreOptions},
 };
 
 /// How long connections may take to say goodbye when the broker stops.
@@ -60,7 +60,10 @@ impl Server {
             path: config.data_dir.clone(),
             block_cache_bytes: config.store.block_cache_bytes.unwrap_or(config.memory.block_cache_bytes),
             write_buffer_bytes: config.store.write_buffer_bytes.unwrap_or(config.memory.write_buffer_bytes),
-            sync: config.store.durability == Durability::Fsync,
+            durability: match config.store.durability {
+                Durability::Fsync => store::Durability::Fsync,
+                Durability::Os => store::Durability::Os,
+            },
             hook,
             ..StoreOptions::default()
         })?;

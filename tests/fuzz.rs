@@ -22,7 +22,7 @@ use std::{
 use harness::Lab;
 use leveret::{
     broker::Broker,
-    store::{Store, StoreOptions},
+    store::{Durability, Store, StoreOptions},
 };
 
 /// How long one input may take.
@@ -187,7 +187,7 @@ type Family = Vec<(Vec<u8>, Vec<u8>)>;
 const FAMILIES: [&str; 6] = ["default", "meta", "log", "state", "consumed", "notes"];
 
 fn options(path: &Path) -> StoreOptions {
-    StoreOptions { path: path.to_owned(), sync: false, ..StoreOptions::default() }
+    StoreOptions { path: path.to_owned(), durability: Durability::Os, ..StoreOptions::default() }
 }
 
 /// Makes a data directory with everything in it, through a client's eyes.

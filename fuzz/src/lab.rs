@@ -14,7 +14,7 @@ use leveret::{
     auth::{Authenticator, PasswordHash, Permission, User},
     broker::{Broker, ConnectionId},
     session::{ConnectionContext, Session, SessionLimits},
-    store::{Store, StoreOptions},
+    store::{Durability, Store, StoreOptions},
 };
 
 use super::{FRAME_MAX, MAX_MESSAGE_BYTES, traffic::NAMES};
@@ -36,7 +36,8 @@ impl Lab {
         let name = format!("leveret-fuzz-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let directory = std::env::temp_dir().join(name);
         let _ = std::fs::remove_dir_all(&directory);
-        let options = StoreOptions { path: directory.clone(), sync: false, ..StoreOptions::default() };
+        let options =
+            StoreOptions { path: directory.clone(), durability: Durability::Os, ..StoreOptions::default() };
         let (store, recovered) = Store::open(options).expect("a fresh store opens");
         // A small budget, so that inputs with large messages page out.
         let broker = Broker::new(

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 pub enum Alarm {
     Memory = 1,
     Disk = 2,
+    /// The disk does not take writes, or does not keep them. Only those who publish persistent messages are stopped by it.
+    DiskFailure = 4,
 }
 
 impl Alarm {
@@ -14,6 +16,7 @@ impl Alarm {
         match self {
             Alarm::Memory => "memory",
             Alarm::Disk => "disk",
+            Alarm::DiskFailure => "disk failure",
         }
     }
 }
@@ -42,15 +45,22 @@ impl Alarms {
         self.0.load(Ordering::Relaxed) != 0
     }
 
-    /// The reason as RabbitMQ words it: `low on memory`, `low on disk`, `low on disk & memory`.
-    pub fn reason(&self) -> Option<String> {
+    /// The reason as RabbitMQ words it: `low on memory`, `low on disk`, `low on disk & memory`; and `disk failure`, which
+    /// RabbitMQ does not have. `None` for a connection that need not be stopped: `is_durable` says that it has published
+    /// messages that are to survive a restart.
+    pub fn reason(&self, is_durable: bool) -> Option<String> {
         let bits = self.0.load(Ordering::Relaxed);
-        let names: Vec<&str> = [Alarm::Disk, Alarm::Memory]
-            .iter()
-            .filter(|alarm| bits & **alarm as u8 != 0)
-            .map(|alarm| alarm.name())
-            .collect();
-        (!names.is_empty()).then(|| format!("low on {}", names.join(" & ")))
+        if bits == 0 {
+            return None;
+        }
+        let low = [Alarm::Disk, Alarm::Memory].iter().filter(|alarm| bits & **alarm as u8 != 0);
+        let low: Vec<&str> = low.map(|alarm| alarm.name()).collect();
+        let failure = (is_durable && bits & Alarm::DiskFailure as u8 != 0).then(|| Alarm::DiskFailure.name().to_owned());
+        let low = (!low.is_empty()).then(|| format!("low on {}", low.join(" & ")));
+        match (failure, low) {
+            (Some(failure), Some(low)) => Some(format!("{failure}, {low}")),
+            (failure, low) => failure.or(low),
+        }
     }
 }
 
@@ -61,13 +71,24 @@ mod tests {
     #[test]
     fn reasons_are_worded_like_rabbitmq() {
         let alarms = Alarms::default();
-        assert_eq!(alarms.reason(), None);
+        assert_eq!(alarms.reason(true), None);
         alarms.set(Alarm::Memory, true);
-        assert_eq!(alarms.reason().as_deref(), Some("low on memory"));
+        assert_eq!(alarms.reason(false).as_deref(), Some("low on memory"));
         alarms.set(Alarm::Disk, true);
-        assert_eq!(alarms.reason().as_deref(), Some("low on disk & memory"));
+        assert_eq!(alarms.reason(true).as_deref(), Some("low on disk & memory"));
         alarms.set(Alarm::Memory, false);
         assert!(alarms.is_active());
-        assert_eq!(alarms.reason().as_deref(), Some("low on disk"));
+        assert_eq!(alarms.reason(false).as_deref(), Some("low on disk"));
+    }
+
+    #[test]
+    fn a_failing_disk_stops_only_those_who_need_it() {
+        let alarms = Alarms::default();
+        alarms.set(Alarm::DiskFailure, true);
+        assert_eq!(alarms.reason(false), None);
+        assert_eq!(alarms.reason(true).as_deref(), Some("disk failure"));
+        alarms.set(Alarm::Disk, true);
+        assert_eq!(alarms.reason(false).as_deref(), Some("low on disk"));
+        assert_eq!(alarms.reason(true).as_deref(), Some("disk failure, low on disk"));
     }
 }

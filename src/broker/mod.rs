@@ -33,7 +33,7 @@ mod trace;
 mod vhost;
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicU32, Ordering},
 };
 
@@ -67,7 +67,7 @@ use self::{
 use crate::{
     clock,
     model::Name,
-    store::{QueueId, Recovered, Store},
+    store::{DiskCondition, DiskListener, QueueId, Recovered, Store},
 };
 
 /// How much the broker may use, and when it says stop.
@@ -151,6 +151,8 @@ impl Broker {
             exhausted_sweeps: AtomicU32::new(0),
             replies: ReplyRegistry::default(),
         });
+        let listener: Weak<dyn DiskListener> = Arc::<Broker>::downgrade(&broker);
+        broker.store.watch_disk(listener);
         broker.restore(recovered);
         broker
     }
@@ -367,9 +369,7 @@ impl Broker {
     /// Looks after memory and disk: has queues page out when the budget is exceeded, sets and clears alarms. Called a
     /// few times a second.
     pub fn sweep(&self) {
-        if let Some(free) = self.store.free_disk_bytes() {
-            self.set_alarm(Alarm::Disk, free < self.disk_free_limit_bytes);
-        }
+        self.on_disk(self.store.disk_condition());
         let exhausted = self.budget.is_exhausted();
         let sweeps = if exhausted { self.exhausted_sweeps.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
         self.exhausted_sweeps.store(sweeps, Ordering::Relaxed);
@@ -414,6 +414,12 @@ impl Broker {
         self.store.is_failed(round)
     }
 
+    /// Whether durable work is refused.
+    #[inline]
+    pub fn is_store_failing(&self) -> bool {
+        self.store.is_failing()
+    }
+
     /// Why durable work is refused, if it is.
     pub fn store_failure(&self) -> Option<String> {
         self.store.has_failed()
@@ -445,5 +451,16 @@ impl Broker {
     /// What the store has done so far.
     pub fn store_stats(&self) -> StoreStats {
         self.store.stats()
+    }
+}
+
+impl DiskListener for Broker {
+    /// The disk alarm: below the limit, and also while what rounds and write buffers may still need is not free, so that
+    /// publishers stop before a write fails.
+    fn on_disk(&self, condition: DiskCondition) {
+        let limit = self.disk_free_limit_bytes;
+        let enough = limit.max(condition.needed_bytes);
+        self.set_alarm(Alarm::Disk, limit > 0 && condition.free_bytes.is_some_and(|free| free < enough));
+        self.set_alarm(Alarm::DiskFailure, condition.is_failing);
     }
 }

@@ -251,7 +251,7 @@ impl RoundSource for RecentHistory {
         state.written_to = state.next_serial;
     }
 
-    fn round_ended(&self, _committed: bool) {} // after a failed round none succeeds
+    fn round_ended(&self, _committed: bool) {} // a failed round is written after all, or none is
 }
 
 impl Drop for RecentHistory {

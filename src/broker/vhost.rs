@@ -124,6 +124,11 @@ impl Vhost {
         self.epoch.fetch_add(1, Ordering::Release);
     }
 
+    /// The round with which everything that is defined is on disk.
+    fn definitions_round(&self) -> Round {
+        self.environment.store.renewed(self.last_definition.load(Ordering::Relaxed))
+    }
+
     fn define(&self, key: Vec<u8>, value: Vec<u8>) -> Round {
         let round = self.environment.store.put_definition(key, value);
         self.last_definition.fetch_max(round, Ordering::Relaxed);
@@ -212,7 +217,7 @@ impl Vhost {
         let mut topology = self.topology.write();
         let name = new.name.clone();
         if topology.declare_exchange(new.clone())? == Declared::Existed {
-            return Ok(self.last_definition.load(Ordering::Relaxed));
+            return Ok(self.definitions_round());
         }
         let state = self.begin_state(&new);
         let definition = new
@@ -302,7 +307,7 @@ impl Vhost {
         let durable = topology.is_durable_binding(&binding, queue_durable);
         let key = durable.then(|| definitions::binding_key(&self.name, &binding));
         if !topology.bind(binding.clone())? {
-            return Ok(self.last_definition.load(Ordering::Relaxed));
+            return Ok(self.definitions_round());
         }
         self.changed();
         self.look_for_listeners(&topology);
@@ -411,7 +416,7 @@ impl Vhost {
             return Err(self.locked(&queue));
         }
         arguments::check_equivalent(current, options)?;
-        let round = if current.durable { self.last_definition.load(Ordering::Relaxed) } else { 0 };
+        let round = if current.durable { self.definitions_round() } else { 0 };
         Ok(DeclaredQueue { queue, created: false, round })
     }
 

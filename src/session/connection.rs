@@ -139,6 +139,8 @@ pub struct Session {
     awaiting: Option<Awaiting>,
     /// Something was published since [`Session::take_published`].
     pub(super) published: bool,
+    /// It has published what needs the disk while the store was failing.
+    pub(super) needs_disk: bool,
     congested_bytes: usize,
     /// An answer has made the outbox large; set where one small method can ask for a lot.
     pub(super) clogged: bool,
@@ -192,6 +194,7 @@ impl Session {
             partial: None,
             awaiting: None,
             published: false,
+            needs_disk: false,
             congested_bytes: 0,
             clogged: false,
             framing_lost: false,
@@ -226,7 +229,7 @@ impl Session {
 
     /// The alarm in force, as `connection.blocked` names it.
     pub fn alarm(&self) -> Option<String> {
-        self.broker.alarms().reason()
+        self.broker.alarms().reason(self.needs_disk)
     }
 
     /// Tells the client that its publishes wait, if it understands that.
@@ -272,6 +275,7 @@ impl Session {
 
     /// Whether something was published since the last call.
     pub fn take_published(&mut self) -> bool {
+        self.needs_disk &= self.broker.is_store_failing();
         std::mem::take(&mut self.published)
     }
 

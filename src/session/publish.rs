@@ -19,7 +19,7 @@ use super::{
 use crate::{
     auth::{Access, Resource},
     broker::{
-        Body, BrokerError, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route,
+        Body, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route,
         SHARED_BODY_BYTES, Vhost, encode_names,
         exchange::Attributes,
         extension::{Extension, ExtensionBytes, encode_keys},
@@ -71,19 +71,20 @@ impl Session {
             return Ok(None); // returns and their order belong to the careful path
         }
         self.published = true;
-        let failed = self.broker.store_failure().is_some();
         if route.iter().any(|queue| queue.may_reject()) {
             for message in &run {
-                self.deliver_one(number, &route, message, failed)?;
+                self.deliver_one(number, &route, message);
             }
             return Ok(Some(used));
         }
         if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get_mut(number) {
             *published += run.len() as u64;
         }
-        match deliver(&route, &run, failed, &mut self.effects) {
-            Ok(round) => self.confirm(number, round),
-            Err(StoreFailed) => self.refuse(number)?,
+        if self.broker.is_store_failing() && self.must_refuse(number, &route, &run) {
+            self.refuse(number);
+        } else {
+            let round = deliver(&route, &run, &mut self.effects);
+            self.confirm(number, round);
         }
         Ok(Some(used))
     }
@@ -95,20 +96,28 @@ impl Session {
     }
 
     /// Hands one message to its queues, some of which may refuse it, and confirms or nacks it.
-    fn deliver_one(
-        &mut self,
-        number: u16,
-        route: &CachedRoute,
-        message: &Message<'_>,
-        store_failed: bool,
-    ) -> Result<(), Fault> {
+    fn deliver_one(&mut self, number: u16, route: &CachedRoute, message: &Message<'_>) {
         self.count_publish(number);
-        if store_failed && message.persistent && route.iter().any(|queue| queue.options.durable) {
+        if self.broker.is_store_failing() && self.must_refuse(number, route, std::slice::from_ref(message)) {
             return self.refuse(number);
         }
         let outcome = offer(route, message, &mut self.effects);
         self.answer_publish(number, outcome);
-        Ok(())
+    }
+
+    /// Whether messages are nacked at once because they need the disk while it fails. Without confirms they are taken,
+    /// as nothing else can be said of them, and kept in memory until the disk works again; either way nothing more is read
+    /// from the connection until then.
+    #[cold]
+    fn must_refuse(&mut self, number: u16, route: &CachedRoute, messages: &[Message<'_>]) -> bool {
+        let needs_disk = messages.iter().any(|message| message.persistent)
+            && route.iter().any(|queue| queue.options.durable);
+        self.needs_disk |= needs_disk;
+        needs_disk && self.is_confirming(number)
+    }
+
+    fn is_confirming(&mut self, number: u16) -> bool {
+        matches!(self.channels.get(number), Some(Channel { mode: Mode::Confirm { .. }, .. }))
     }
 
     /// Counts a message that will be confirmed.
@@ -129,16 +138,11 @@ impl Session {
         }
     }
 
-    /// Nacks what the store does not take; a publisher that asked for no confirms is told by the end of its connection.
-    fn refuse(&mut self, number: u16) -> Result<(), Fault> {
-        match self.channels.get(number) {
-            Some(Channel { mode: Mode::Confirm { published }, .. }) => self.outbox.refuse(number, *published),
-            _ => {
-                let reason = self.broker.store_failure().unwrap_or_default();
-                return Err(BrokerError::Store { reason }.into());
-            }
+    /// Nacks what the store does not take.
+    fn refuse(&mut self, number: u16) {
+        if let Some(Channel { mode: Mode::Confirm { published }, .. }) = self.channels.get(number) {
+            self.outbox.refuse(number, *published);
         }
-        Ok(())
     }
 
     /// Begins a `basic.publish` whose content is still to come.
@@ -274,8 +278,8 @@ impl Session {
             self.confirm(number, 0);
             return Ok(());
         }
-        let failed = self.broker.store_failure().is_some();
-        self.deliver_one(number, &route, message, failed)
+        self.deliver_one(number, &route, message);
+        Ok(())
     }
 
     /// A message to a generated reply-to name goes straight to the requester.
@@ -457,24 +461,10 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
     Some(Whole { message, method: &input[..header_at], header: &input[header_at..body_at], len })
 }
 
-/// The store refuses durable work, so the publish is nacked instead of confirmed.
-pub(super) struct StoreFailed;
-
 /// Hands messages to every queue of a route; answers the round that makes all of them durable.
 #[inline]
-pub(super) fn deliver(
-    route: &CachedRoute,
-    messages: &[Message<'_>],
-    store_failed: bool,
-    effects: &mut Effects,
-) -> Result<Round, StoreFailed> {
-    if store_failed
-        && messages.iter().any(|message| message.persistent)
-        && route.iter().any(|queue| queue.options.durable)
-    {
-        return Err(StoreFailed);
-    }
-    Ok(route.iter().map(|queue| queue.publish(messages, effects)).max().unwrap_or(0))
+pub(super) fn deliver(route: &CachedRoute, messages: &[Message<'_>], effects: &mut Effects) -> Round {
+    route.iter().map(|queue| queue.publish(messages, effects)).max().unwrap_or(0)
 }
 
 /// Offers a message to every queue of a route; rejected if one of them refuses it.

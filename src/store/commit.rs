@@ -1,4 +1,5 @@
-//! The commit thread: cut a round, drain its sources, write it, sync it, move the watermark, tell who waits.
+//! The commit thread: cut a round, drain its sources, write it, sync it, move the watermark, tell who waits. What it does
+//! when a round cannot be written: `resume`.
 //!
 //! # Locks
 //! `gate` (read: an [`AtomicSection`]; write: cut and drain) comes before every lock of a source. `dirty` is a leaf: it
@@ -16,10 +17,15 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
+use super::resume::{Failing, Failure};
 use super::rocks::Rocks;
 use super::round::Operation;
+use super::space::Space;
 use super::watermark::{Watermark, run_guarded};
-use super::{Round, RoundBuilder, RoundSource, StoreError, StoreOptions, StoreStats};
+use super::{DiskCondition, Round, RoundBuilder, RoundSource, StoreError, StoreOptions, StoreStats};
+
+/// A round of this size is worth a look at the free space before it is written.
+const LARGE_ROUND_BYTES: usize = 1024 * 1024;
 
 /// Whatever a thread does while it holds one is in one round: the commit thread cuts no round meanwhile.
 ///
@@ -43,13 +49,14 @@ impl Drop for AtomicSection<'_> {
 
 /// What the commit thread shares with everyone who has work for it.
 pub(super) struct Committer {
-    rocks: Arc<Rocks>,
-    options: StoreOptions,
+    pub(super) rocks: Arc<Rocks>,
+    pub(super) options: StoreOptions,
     gate: RwLock<()>,
     dirty: Mutex<Dirty>,
     /// The commit thread sleeps on it, and nobody else.
     wake: Condvar,
     pub watermark: Watermark,
+    pub space: Space,
     rounds: AtomicU64,
     records: AtomicU64,
     bytes: AtomicU64,
@@ -81,15 +88,26 @@ enum Stop {
 }
 
 /// A round that takes no more changes.
-struct Cut {
-    round: Round,
-    sources: Vec<Arc<dyn RoundSource>>,
+pub(super) struct Cut {
+    pub round: Round,
+    pub sources: Vec<Arc<dyn RoundSource>>,
     operations: Vec<Operation>,
+}
+
+/// What the commit thread has been woken for.
+enum Work {
+    /// There is a round to commit. While the store is failing: the open round is waited for.
+    Round,
+    /// It is time to try to get out of a failure; for the last time, because the store is to close.
+    Resume { last: bool },
+    /// The thread is to end, and the store takes no more work.
+    End,
 }
 
 impl Committer {
     pub fn new(rocks: Arc<Rocks>, options: StoreOptions) -> Committer {
         Committer {
+            space: Space::new(options.write_buffer_bytes),
             rocks,
             options,
             gate: RwLock::new(()),
@@ -186,17 +204,30 @@ impl Committer {
 
     /// The commit thread.
     pub fn run(&self) {
-        let mut builder = RoundBuilder::new();
-        while self.wait_for_work() {
-            let (mut cut, drained) = self.cut_and_drain(&mut builder);
-            let outcome = drained.and_then(|()| self.write(&mut cut, &mut builder));
-            self.finish(&cut, outcome);
-            builder.clear();
+        let mut builder = RoundBuilder::with_default(self.options.durability);
+        let mut failing: Option<Failing> = None;
+        loop {
+            failing = match (self.wait_for_work(failing.as_ref()), failing) {
+                (Work::Round, None) => self.commit_round(&mut builder).err().map(|failure| self.begin_failing(failure)),
+                (Work::Round, failing) => {
+                    self.fail_open_round();
+                    failing
+                }
+                (Work::Resume { last }, Some(failing)) => match self.resume(failing, &mut builder) {
+                    Some(_) if last => return self.end(self.dirty.lock()),
+                    failing => failing,
+                },
+                (Work::Resume { .. }, None) => None,
+                (Work::End, _) => return,
+            }
         }
     }
 
-    /// Sleeps until there is a round to commit. False: the thread is to end, and the store takes no more work.
-    fn wait_for_work(&self) -> bool {
+    /// Sleeps until there is something to do.
+    fn wait_for_work(&self, failing: Option<&Failing>) -> Work {
+        if let Some(failing) = failing {
+            return self.wait_while_failing(failing);
+        }
         let mut dirty = self.dirty.lock();
         while dirty.is_clean() && dirty.stop == Stop::No {
             self.wake.wait(&mut dirty);
@@ -211,9 +242,31 @@ impl Committer {
         }
         if dirty.stop == Stop::AtOnce || (dirty.stop == Stop::WhenClean && dirty.is_clean()) {
             self.end(dirty);
-            return false;
+            return Work::End;
         }
-        true
+        Work::Round
+    }
+
+    fn wait_while_failing(&self, failing: &Failing) -> Work {
+        let mut dirty = self.dirty.lock();
+        loop {
+            match dirty.stop {
+                Stop::No => {}
+                Stop::WhenClean if failing.may_resume() => return Work::Resume { last: true },
+                _ => {
+                    self.end(dirty);
+                    return Work::End;
+                }
+            }
+            if dirty.wanted || dirty.awaited {
+                return Work::Round;
+            }
+            match failing.retry_at() {
+                Some(at) if self.wake.wait_until(&mut dirty, at).timed_out() => return Work::Resume { last: false },
+                Some(_) => {}
+                None => self.wake.wait(&mut dirty),
+            }
+        }
     }
 
     /// The open round will never be committed: it fails, and so does everything that is put into it from now on.
@@ -227,54 +280,131 @@ impl Committer {
         self.watermark.advance(round);
     }
 
-    /// Ends the open round and collects what it holds, with no atomic section open.
-    fn cut_and_drain(&self, builder: &mut RoundBuilder) -> (Cut, Result<(), String>) {
-        let _closed = self.gate.write();
-        let cut = self.dirty.lock().cut();
-        let drained = catch_unwind(AssertUnwindSafe(|| {
-            for source in &cut.sources {
-                source.drain(builder);
-            }
-        }));
-        (cut, drained.map_err(|_| "a queue panicked while its changes were collected".to_owned()))
+    /// The open round fails, with what it has gathered staying for a later one.
+    fn fail_open_round(&self) {
+        let mut dirty = self.dirty.lock();
+        let round = dirty.open;
+        dirty.open += 1;
+        dirty.wanted = false;
+        dirty.awaited = false;
+        drop(dirty);
+        self.count_failed_round();
+        self.watermark.advance(round);
     }
 
-    /// Writes and syncs what was drained. In a store that has failed before, fails without touching the disk.
-    fn write(&self, cut: &mut Cut, builder: &mut RoundBuilder) -> Result<(), String> {
-        if let Some(reason) = self.watermark.failure() {
-            return Err(reason);
+    pub(super) fn count_failed_round(&self) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
+        self.failed_rounds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn commit_round(&self, builder: &mut RoundBuilder) -> Result<(), Failure> {
+        let cut = self.write_round(builder)?;
+        self.finish(&cut, builder);
+        Ok(())
+    }
+
+    /// Ends the open round, collects what it holds with no atomic section open, and writes it.
+    pub(super) fn write_round(&self, builder: &mut RoundBuilder) -> Result<Cut, Failure> {
+        builder.permit_pages(self.takes_pages());
+        let (mut cut, drained) = self.cut_and_drain(builder);
+        if !drained {
+            let reason = "a queue panicked while its changes were collected".to_owned();
+            return Err(Failure { cut, reason, is_final: true });
         }
         for operation in cut.operations.drain(..) {
             builder.apply(operation, &|owner| self.rocks.may_have_notes(owner));
         }
-        let bytes = self.rocks.write(builder, || match &self.options.hook {
-            Some(hook) => hook.before_sync(cut.round),
-            None => Ok(()),
-        })?;
+        self.write_pages(&cut, builder);
+        match self.write_log(cut.round, builder) {
+            Ok(()) => Ok(cut),
+            Err(reason) => Err(Failure { cut, reason, is_final: false }),
+        }
+    }
+
+    /// Whether memory may be traded for space on the disk.
+    fn takes_pages(&self) -> bool {
+        self.rocks.pages().is_working() && !self.space.is_low()
+    }
+
+    /// False if a source has panicked.
+    fn cut_and_drain(&self, builder: &mut RoundBuilder) -> (Cut, bool) {
+        let _closed = self.gate.write();
+        let cut = self.dirty.lock().cut();
+        let drained = catch_unwind(AssertUnwindSafe(|| {
+            for source in &cut.sources {
+                builder.begin_source();
+                source.drain(builder);
+                builder.end_source();
+            }
+        }));
+        (cut, drained.is_ok())
+    }
+
+    /// Moves out of memory what need not survive. A failure is no failure of the round: everything stays in memory.
+    fn write_pages(&self, cut: &Cut, builder: &mut RoundBuilder) {
+        match self.rocks.write_pages(builder) {
+            Ok(bytes) => {
+                self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+            }
+            Err(error) => {
+                tracing::error!(%error, "messages cannot be paged out; they stay in memory for now");
+                for source in &cut.sources {
+                    run_guarded("a queue whose messages stay in memory", || source.paging_failed());
+                }
+            }
+        }
+    }
+
+    /// Writes and syncs the durable part of a round.
+    pub(super) fn write_log(&self, round: Round, builder: &mut RoundBuilder) -> Result<(), String> {
+        self.space.note_round(builder.byte_count());
+        if builder.byte_count() >= LARGE_ROUND_BYTES {
+            self.tell_of_disk(); // before, not after, the space is gone
+        }
+        let synced = builder.needs_sync();
+        if let Some(hook) = &self.options.hook {
+            hook.before_sync(round)?;
+        }
+        let bytes = self.rocks.write_log(builder, synced)?;
+        if let Some(hook) = &self.options.hook {
+            hook.after_write(round, synced)?;
+        }
         self.records.fetch_add(builder.record_count(), Ordering::Relaxed);
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Tells the sources how it ended, then everyone else.
-    fn finish(&self, cut: &Cut, outcome: Result<(), String>) {
-        let committed = outcome.is_ok();
-        if let Err(reason) = outcome {
-            self.failed_rounds.fetch_add(1, Ordering::Relaxed);
-            if self.watermark.fail(cut.round, &reason) {
-                let path = self.rocks.path().display();
-                tracing::error!(
-                    round = cut.round,
-                    reason,
-                    "the store in '{path}' has failed and takes no more durable work until the broker is restarted"
-                );
-            }
-        }
+    /// Tells the sources of a round that it is on disk, then everyone else.
+    pub(super) fn finish(&self, cut: &Cut, builder: &mut RoundBuilder) {
+        builder.clear();
         self.rounds.fetch_add(1, Ordering::Relaxed);
-        for source in &cut.sources {
+        cut.tell(true);
+        self.watermark.advance(cut.round);
+        self.tell_of_disk();
+    }
+
+    /// How the disk is.
+    pub fn disk_condition(&self) -> DiskCondition {
+        let (free_bytes, needed_bytes) = (self.rocks.free_bytes(), self.space.needed());
+        self.space.note_low(free_bytes.is_some_and(|free| free < needed_bytes));
+        DiskCondition { is_failing: self.watermark.is_failing(), free_bytes, needed_bytes }
+    }
+
+    /// Tells whoever listens how the disk is.
+    pub(super) fn tell_of_disk(&self) {
+        let condition = self.disk_condition();
+        if let Some(listener) = self.space.listener() {
+            run_guarded("a listener of the disk", || listener.on_disk(condition));
+        }
+    }
+}
+
+impl Cut {
+    /// Tells the sources how the round has ended.
+    pub fn tell(&self, committed: bool) {
+        for source in &self.sources {
             run_guarded("the end of a round in a queue", || source.round_ended(committed));
         }
-        self.watermark.advance(cut.round);
     }
 }
 

@@ -8,10 +8,11 @@
 //!
 //! # Invariants
 //! - S1: what a source holds when [`Store::mark_dirty`] answers round `r` is in round `r` or an earlier one.
-//! - S2: the watermark passes `r` only after the round `r` was synced, or is recorded as failed.
+//! - S2: the watermark passes `r` only after the round `r` was synced (or, where nothing in it asks for that, handed to the
+//!   operating system), or is recorded as failed.
 //! - S3: everything that happens under one [`AtomicSection`] is in one round.
-//!
-//! - S4: after a failed write or sync every later round fails as well; what a failed `fsync` left behind is unknown.
+//! - S4: after a failed write or sync every round fails until the database was opened anew and has taken all that was kept
+//!   meanwhile; what a failed `fsync` left behind is unknown. A round that has failed stays so for whoever asks.
 //! - S5: an id that anything was ever written under is not given out again.
 //!
 //! # Locks
@@ -24,7 +25,7 @@
 //! # Elsewhere
 //! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets), `notes`. RocksDB and its
 //! options: `rocks`. Paged-out records: `pages`. Reading back: `read`, `notes`. Giving disk space back: `sweep`. The
-//! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`.
+//! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`; failures: `resume`; free space: `space`.
 
 mod commit;
 mod error;
@@ -33,17 +34,19 @@ mod notes;
 mod pages;
 mod read;
 mod recovery;
+mod resume;
 mod rocks;
 mod round;
 mod run;
+mod space;
 mod sweep;
 #[cfg(test)]
 mod tests;
 mod watermark;
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -92,8 +95,13 @@ pub trait RoundSource: Send + Sync {
     fn drain(&self, round: &mut RoundBuilder);
 
     /// Tells how the round ended that the last [`RoundSource::drain`] contributed to. Called by the commit thread before
-    /// the watermark moves.
+    /// the watermark moves. A round that fails does not end before the store is back at work and has written it after all;
+    /// what it holds is never lost but with the store.
     fn round_ended(&self, committed: bool);
+
+    /// Tells that what the last [`RoundSource::drain`] paged out is not in the pages. Called before
+    /// [`RoundSource::round_ended`].
+    fn paging_failed(&self) {}
 }
 
 /// Someone who wants to hear that the watermark has reached a round.
@@ -102,11 +110,45 @@ pub trait WatermarkListener: Send + Sync {
     fn on_watermark(&self, watermark: Round);
 }
 
-/// Sees every round just before it is written and synced. For tests: it may take its time, which holds the round
-/// back, and an error fails the round.
+/// What a confirm waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// The disk has it.
+    #[default]
+    Fsync,
+    /// The operating system has it: a crash of the broker loses nothing, a power failure may.
+    Os,
+}
+
+/// How the disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskCondition {
+    /// Rounds fail at present.
+    pub is_failing: bool,
+    /// On the volume of the data directory, for what the process may use; `None` when the system does not say.
+    pub free_bytes: Option<u64>,
+    /// With less free than this, the next rounds may not fit.
+    pub needed_bytes: u64,
+}
+
+/// Someone who wants to hear how the disk is.
+pub trait DiskListener: Send + Sync {
+    /// Called by the commit thread after every round, and before it writes a large one; before anybody hears of a round
+    /// that failed.
+    fn on_disk(&self, condition: DiskCondition);
+}
+
+/// Sees every round just before and just after it is written and synced. For tests: it may take its time, which holds
+/// the round back, and an error fails the round.
 pub trait CommitHook: Send + Sync {
     /// Called by the commit thread, which holds no lock meanwhile.
     fn before_sync(&self, round: Round) -> Result<(), String>;
+
+    /// As above; `synced` says whether the round was synced, or only written.
+    fn after_write(&self, round: Round, synced: bool) -> Result<(), String> {
+        let _ = (round, synced);
+        Ok(())
+    }
 }
 
 /// How a store is opened. The default has no path, and sizes for an idle broker of less than 40 MB.
@@ -118,8 +160,10 @@ pub struct StoreOptions {
     pub block_cache_bytes: usize,
     /// What was written and is not yet in a table file, in memory. Bounds the WAL too, at twice this.
     pub write_buffer_bytes: usize,
-    /// Whether a round is synced to the disk (`true`), or only handed to the operating system.
-    pub sync: bool,
+    /// What holds for sources that ask for nothing else, and for definitions.
+    pub durability: Durability,
+    /// The time from a failure to the first attempt to get back to work. It doubles with each of them.
+    pub retry: Duration,
     /// How long a round that nobody waits for may gather.
     pub linger: Duration,
     pub hook: Option<Arc<dyn CommitHook>>,
@@ -131,7 +175,8 @@ impl Default for StoreOptions {
             path: PathBuf::new(),
             block_cache_bytes: 8 * 1024 * 1024,
             write_buffer_bytes: 16 * 1024 * 1024,
-            sync: true,
+            durability: Durability::Fsync,
+            retry: Duration::from_secs(1),
             linger: Duration::from_millis(3),
             hook: None,
         }
@@ -197,7 +242,7 @@ impl Store {
     /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], or [`StoreError::Open`] with what RocksDB says.
     pub fn open(options: StoreOptions) -> Result<(Arc<Store>, Recovered), StoreError> {
         let rocks = Arc::new(Rocks::open(&options)?);
-        let recovered = recovery::recover(&rocks)?;
+        let recovered = recovery::recover(&rocks, options.durability)?;
         let next = recovered.next_queue_id;
         let committer = Arc::new(Committer::new(Arc::clone(&rocks), options));
         let queue_ids = Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK });
@@ -276,9 +321,24 @@ impl Store {
         self.committer.watermark.is_failed(round)
     }
 
-    /// Why no round is committed any more, if that is so: the text of the failure that began it.
+    /// Whether no round is committed at present.
+    #[inline]
+    pub fn is_failing(&self) -> bool {
+        self.committer.watermark.is_failing()
+    }
+
+    /// Why no round is committed at present, if that is so: the text of the failure that began it.
     pub fn has_failed(&self) -> Option<String> {
         self.committer.watermark.failure()
+    }
+
+    /// The round to wait for instead of `round`, for whoever comes to want what is in it: if it has failed, what it held is
+    /// on disk with any later one that does not.
+    pub fn renewed(&self, round: Round) -> Round {
+        match self.is_failed(round) {
+            true => self.open_round(),
+            false => round,
+        }
     }
 
     /// Has `listener` called once when the watermark reaches `round`, and the round committed without lingering.
@@ -383,10 +443,14 @@ impl Store {
         }
     }
 
-    /// Free bytes on the volume of the data directory, for what the process may use; `None` when the system does not say.
-    pub fn free_disk_bytes(&self) -> Option<u64> {
-        let volume = rustix::fs::statvfs(self.rocks.path()).ok()?;
-        Some(volume.f_bavail.saturating_mul(volume.f_frsize))
+    /// How the disk is now.
+    pub fn disk_condition(&self) -> DiskCondition {
+        self.committer.disk_condition()
+    }
+
+    /// Has `listener` told how the disk is from now on; it replaces the one before.
+    pub fn watch_disk(&self, listener: Weak<dyn DiskListener>) {
+        self.committer.space.listen(listener);
     }
 
     pub fn stats(&self) -> StoreStats {

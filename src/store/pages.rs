@@ -9,8 +9,9 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, DEFAULT_COLUMN_FAMILY_NAME, Options, WriteOptions};
 
 use super::read::last_run_before;
@@ -28,6 +29,10 @@ pub(super) struct Pages {
     db: RwLock<Option<DB>>,
     /// Queues that have or had pages since the store was opened.
     queues: RwLock<HashSet<QueueId>>,
+    /// How long nothing is paged out after that has failed.
+    pause: Duration,
+    /// After a failure: when to try again.
+    paused_until: Mutex<Option<Instant>>,
 }
 
 /// The database, kept open for a read.
@@ -37,14 +42,36 @@ pub(super) struct OpenPages<'a> {
 
 impl Pages {
     /// Throws away what an earlier start left in `data_directory`, which nobody else may have open.
-    pub fn new(data_directory: &Path, base: Options, family: Options) -> Pages {
+    pub fn new(data_directory: &Path, base: Options, family: Options, pause: Duration) -> Pages {
         let directory = data_directory.join(DIRECTORY);
         clear(&directory, &data_directory.join(REMOVED));
-        Pages { directory, base, family, db: RwLock::default(), queues: RwLock::default() }
+        Pages {
+            directory,
+            base,
+            family,
+            db: RwLock::default(),
+            queues: RwLock::default(),
+            pause,
+            paused_until: Mutex::default(),
+        }
+    }
+
+    /// Whether records can be paged out, as far as is known.
+    pub fn is_working(&self) -> bool {
+        self.paused_until.lock().is_none_or(|until| until <= Instant::now())
     }
 
     /// Writes the pages of a round. Answers their bytes.
+    ///
+    /// # Errors
+    /// What RocksDB says; no record counts as paged out then. It is left alone for a while.
     pub fn write(&self, round: &mut RoundBuilder) -> Result<usize, rocksdb::Error> {
+        let written = self.try_write(round);
+        *self.paused_until.lock() = written.as_ref().err().map(|_| Instant::now() + self.pause);
+        written
+    }
+
+    fn try_write(&self, round: &mut RoundBuilder) -> Result<usize, rocksdb::Error> {
         let last_run = |queue, until| {
             let pages = self.of(queue)?;
             let (db, family) = pages.family()?;

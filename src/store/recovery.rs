@@ -14,7 +14,7 @@ use rocksdb::{ErrorKind, IteratorMode, WriteBatch, WriteOptions};
 use super::rocks::Rocks;
 use super::round::Families;
 use super::run::{put_varint, take_varint};
-use super::{QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
+use super::{Durability, QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
 
 /// The layout this module reads and writes.
 ///
@@ -35,7 +35,7 @@ const DEFINITION_VERSION: u8 = 1;
 ///
 /// # Errors
 /// [`StoreError::UnknownFormat`], or [`StoreError::Open`] if RocksDB cannot read the definitions or the states.
-pub(super) fn recover(rocks: &Rocks) -> Result<Recovered, StoreError> {
+pub(super) fn recover(rocks: &Rocks, durability: Durability) -> Result<Recovered, StoreError> {
     let found = read_number(rocks, key::FORMAT_KEY)?;
     if let Some(found) = found.filter(|found| !(OLDEST_FORMAT..=FORMAT).contains(found)) {
         return Err(StoreError::UnknownFormat { path: rocks.path().to_owned(), found, known: FORMAT });
@@ -45,12 +45,12 @@ pub(super) fn recover(rocks: &Rocks) -> Result<Recovered, StoreError> {
     let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
     let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
     rocks.note_owners().opened(next_queue_id, rocks.has_any_notes()?);
-    reserve(rocks, found != Some(FORMAT), next_queue_id + ID_BLOCK)?;
+    reserve(rocks, found != Some(FORMAT), next_queue_id + ID_BLOCK, durability)?;
     Ok(Recovered { definitions, damaged_definitions, states, next_queue_id })
 }
 
-/// Not synced: what is synced later stands behind it in the WAL, so an id that matters is never without it.
-fn reserve(rocks: &Rocks, new_format: bool, until: u64) -> Result<(), StoreError> {
+/// Synced where anything is: what stands at the beginning of the WAL must not be in doubt when a later sync fails.
+fn reserve(rocks: &Rocks, new_format: bool, until: u64, durability: Durability) -> Result<(), StoreError> {
     rocks.with(|db| {
         let families = Families::of(db)?;
         let mut batch = WriteBatch::default();
@@ -58,7 +58,9 @@ fn reserve(rocks: &Rocks, new_format: bool, until: u64) -> Result<(), StoreError
             batch.put_cf(families.meta, key::FORMAT_KEY, FORMAT.to_be_bytes());
         }
         batch.put_cf(families.meta, key::RESERVED_IDS_KEY, until.to_be_bytes());
-        db.write_opt(batch, &WriteOptions::default()).map_err(|error| rocks.open_error(error))
+        let mut options = WriteOptions::default();
+        options.set_sync(durability == Durability::Fsync);
+        db.write_opt(batch, &options).map_err(|error| rocks.open_error(error))
     })
 }
 

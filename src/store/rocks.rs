@@ -11,12 +11,12 @@
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::RwLock;
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, InfoLogger, LogLevel,
-    Options, WriteBatch, WriteBufferManager, WriteOptions,
+    Options, WriteBufferManager, WriteOptions,
 };
 
 use super::notes::NoteOwners;
@@ -24,7 +24,7 @@ use super::pages::Pages;
 use super::read::last_run_before;
 use super::round::{Families, RoundBuilder};
 use super::sweep::Sweeper;
-use super::{StoreError, StoreOptions, key};
+use super::{Durability, StoreError, StoreOptions, key};
 
 /// Runs of at least this size are kept apart from their keys.
 const MIN_BLOB_BYTES: u64 = 1024;
@@ -50,13 +50,45 @@ const UNBOUND_OPTIONS: &str = "avoid_flush_during_shutdown=true";
 
 /// The database of a store, until it is closed.
 pub(super) struct Rocks {
-    path: PathBuf,
+    opener: Opener,
     db: RwLock<Option<DB>>,
     pages: Pages,
     note_owners: NoteOwners,
     sweeper: Sweeper,
     damaged: AtomicU64,
-    sync: bool,
+    /// Something was written that was not synced since.
+    unsynced: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// How the database is opened.
+struct Opener {
+    path: PathBuf,
+    base: Options,
+    known: Vec<(&'static str, Options)>,
+    /// For families of a later version's.
+    unknown: Options,
+}
+
+impl Opener {
+    fn families(&self) -> Result<Vec<ColumnFamilyDescriptor>, rocksdb::Error> {
+        let is_new = !self.path.join("CURRENT").exists();
+        let existing = if is_new { vec![] } else { DB::list_cf(&self.base, &self.path)? };
+        let known = self.known.iter().map(|(name, options)| ColumnFamilyDescriptor::new(*name, options.clone()));
+        // A later version's families are opened as well, so that it is the format record that gets to refuse them.
+        let unknown = existing.iter().filter(|name| !self.known.iter().any(|(known, _)| known == name));
+        let unknown = unknown.map(|name| ColumnFamilyDescriptor::new(name, self.unknown.clone()));
+        Ok(known.chain(unknown).collect())
+    }
+
+    fn open(&self) -> Result<DB, rocksdb::Error> {
+        DB::open_cf_descriptors(&self.base, &self.path, self.families()?)
+    }
+
+    /// For reading what is there, when it cannot be opened for more.
+    fn open_read_only(&self) -> Result<DB, rocksdb::Error> {
+        DB::open_cf_descriptors_read_only(&self.base, &self.path, self.families()?, false)
+    }
 }
 
 impl Rocks {
@@ -71,69 +103,100 @@ impl Rocks {
         let buffers = WriteBufferManager::new_write_buffer_manager(options.write_buffer_bytes, false);
         let mut base = database_options(&buffers).map_err(failed)?;
         log_options(&mut base, options);
-        let known = known_families(options, &cache);
-        let mut families: Vec<_> = known.iter().map(|(name, options)| (*name, options.clone())).collect();
-        let existing = if path.join("CURRENT").exists() { DB::list_cf(&base, &path).map_err(failed)? } else { vec![] };
-        // A later version's families are opened as well, so that it is the format record that gets to refuse them.
-        families.extend(
-            existing
-                .iter()
-                .filter(|name| !known.iter().any(|(known, _)| known == name))
-                .map(|name| (name.as_str(), small_family(options, &cache))),
-        );
-        let descriptors = families.into_iter().map(|(name, options)| ColumnFamilyDescriptor::new(name, options));
-        let db = DB::open_cf_descriptors(&base, &path, descriptors).map_err(failed)?;
+        let (known, unknown) = (known_families(options, &cache), small_family(options, &cache));
+        let opener = Opener { path: path.clone(), base, known, unknown };
+        let db = opener.open().map_err(failed)?;
         let pages_base = database_options(&buffers).map_err(failed)?;
-        let pages = Pages::new(&path, pages_base, log_family(options, &cache));
+        let pages = Pages::new(&path, pages_base, log_family(options, &cache), options.retry);
         Ok(Rocks {
-            path,
+            opener,
             db: RwLock::new(Some(db)),
             pages,
             note_owners: NoteOwners::default(),
             sweeper: Sweeper::default(),
             damaged: AtomicU64::new(0),
-            sync: options.sync,
+            // What is reserved at open is synced in a store that syncs.
+            unsynced: AtomicBool::new(options.durability == Durability::Os),
+            closed: AtomicBool::new(false),
         })
+    }
+
+    /// Closes the database after a failure and opens it anew, which reads the write-ahead log as the disk has it and
+    /// writes what it holds to table files. Reads wait meanwhile.
+    ///
+    /// # Errors
+    /// What RocksDB says. What was written before can still be read, if there is any way to.
+    pub fn reopen(&self) -> Result<(), String> {
+        if let Some(db) = &*self.db.read() {
+            db.cancel_all_background_work(false); // or a compaction would be waited for
+        }
+        let mut guard = self.db.write();
+        if let Some(db) = guard.take() {
+            db.cancel_all_background_work(true);
+        }
+        match self.opener.open() {
+            Ok(db) => {
+                *guard = Some(db);
+                self.unsynced.store(false, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => {
+                *guard = self.opener.open_read_only().ok();
+                Err(format!("opening it anew: {error}"))
+            }
+        }
     }
 
     /// Runs `work` on the open database; it stays open for so long.
     ///
     /// # Errors
-    /// [`StoreError::Closed`], and what `work` answers.
+    /// [`StoreError::Closed`], [`StoreError::Read`] if the database could not be opened again after a failure, and what
+    /// `work` answers.
     pub fn with<T>(&self, work: impl FnOnce(&DB) -> Result<T, StoreError>) -> Result<T, StoreError> {
-        work(self.db.read().as_ref().ok_or(StoreError::Closed)?)
+        work(self.db.read().as_ref().ok_or_else(|| self.not_open())?)
     }
 
-    /// Writes a round: first its pages, then everything else in one batch, synced if the store is to sync. `before_sync`
-    /// is called between the two. Answers the bytes of the batch.
+    fn not_open(&self) -> StoreError {
+        match self.closed.load(Ordering::Relaxed) {
+            true => StoreError::Closed,
+            false => StoreError::Read { what: "the store", reason: "it could not be opened again yet".to_owned() },
+        }
+    }
+
+    /// Writes the part of a round that leaves memory and need not survive. Answers its bytes.
+    ///
+    /// # Errors
+    /// What RocksDB says. Nothing of it may be taken for paged out.
+    pub fn write_pages(&self, round: &mut RoundBuilder) -> Result<usize, rocksdb::Error> {
+        self.pages.write(round)
+    }
+
+    /// Writes everything else of a round in one batch. Answers the bytes of the batch.
     ///
     /// # Errors
     /// The text of the failure. What is on disk of the batch is then unknown.
-    pub fn write(
-        &self,
-        round: &mut RoundBuilder,
-        before_sync: impl FnOnce() -> Result<(), String>,
-    ) -> Result<usize, String> {
-        let page_bytes = self.pages.write(round).map_err(|error| format!("paging out: {error}"))?;
+    pub fn write_log(&self, round: &mut RoundBuilder, sync: bool) -> Result<usize, String> {
         let guard = self.db.read();
-        let db = guard.as_ref().ok_or_else(|| StoreError::Closed.to_string())?;
+        let db = guard.as_ref().ok_or_else(|| self.not_open().to_string())?;
         let families = Families::of(db).map_err(|error| error.to_string())?;
-        before_sync()?;
         let batch = round.log_batch(&families, &|queue, until| last_run_before(db, families.log, queue, until));
         let bytes = batch.size_in_bytes();
         if !batch.is_empty() {
-            self.write_batch(db, batch).map_err(|error| format!("writing and syncing the log: {error}"))?;
+            let mut options = WriteOptions::default();
+            options.set_sync(sync);
+            db.write_opt(batch, &options).map_err(|error| format!("writing and syncing the log: {error}"))?;
+            self.unsynced.store(!sync, Ordering::Relaxed);
         }
         self.note_owners.wrote(round);
         self.sweeper.note(round.deleted_records());
         self.sweeper.note_notes(round.deleted_notes());
-        Ok(bytes + page_bytes)
+        Ok(bytes)
     }
 
-    fn write_batch(&self, db: &DB, batch: WriteBatch) -> Result<(), rocksdb::Error> {
-        let mut options = WriteOptions::default();
-        options.set_sync(self.sync);
-        db.write_opt(batch, &options)
+    /// Free bytes on the volume, for what the process may use; `None` when the system does not say.
+    pub fn free_bytes(&self) -> Option<u64> {
+        let volume = rustix::fs::statvfs(&self.opener.path).ok()?;
+        Some(volume.f_bavail.saturating_mul(volume.f_frsize))
     }
 
     pub fn pages(&self) -> &Pages {
@@ -162,20 +225,21 @@ impl Rocks {
     /// # Errors
     /// What the last sync said. The database is closed all the same.
     pub fn close(&self) -> Result<(), rocksdb::Error> {
+        self.closed.store(true, Ordering::Relaxed);
         let Some(db) = self.db.write().take() else { return Ok(()) };
-        let synced = if self.sync { Ok(()) } else { db.flush_wal(true) };
+        let synced = if self.unsynced.load(Ordering::Relaxed) { db.flush_wal(true) } else { Ok(()) };
         self.pages.close();
         db.cancel_all_background_work(true);
         synced
     }
 
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.opener.path
     }
 
     /// [`StoreError::Open`] for this database.
     pub fn open_error(&self, reason: impl Display) -> StoreError {
-        StoreError::Open { path: self.path.clone(), reason: reason.to_string() }
+        StoreError::Open { path: self.opener.path.clone(), reason: reason.to_string() }
     }
 
     pub fn count_damage(&self) {

@@ -7,7 +7,7 @@ use rocksdb::{ColumnFamily, DB, WriteBatch};
 
 use super::notes::encode_note;
 use super::run::{FinishedRun, RunWriter};
-use super::{QueueId, QueueSeq, QueueStateRecord, SEGMENT_RECORDS, StoreError, key, recovery};
+use super::{Durability, QueueId, QueueSeq, QueueStateRecord, SEGMENT_RECORDS, StoreError, key, recovery};
 
 /// Buffer that is kept from round to round.
 const KEPT_BYTES: usize = 1024 * 1024;
@@ -25,6 +25,19 @@ pub struct RoundBuilder {
     /// Who puts a note with this round.
     note_owners: HashSet<QueueId>,
     last_note_owner: Option<QueueId>,
+    /// What holds for those that ask for nothing else.
+    default_durability: Durability,
+    needs_sync: bool,
+    source: Source,
+    takes_pages: bool,
+}
+
+/// The source that is being drained.
+#[derive(Debug, Default)]
+struct Source {
+    durability: Option<Durability>,
+    /// Bytes in the round before it.
+    bytes_before: usize,
 }
 
 /// Runs that were finished, and what else is to be done, in order.
@@ -95,7 +108,47 @@ pub(super) enum Operation {
 impl RoundBuilder {
     /// An empty round. Only the commit thread and tests have use for it.
     pub fn new() -> RoundBuilder {
-        RoundBuilder::default()
+        RoundBuilder::with_default(Durability::Fsync)
+    }
+
+    /// An empty round of a store with this durability.
+    pub(super) fn with_default(default_durability: Durability) -> RoundBuilder {
+        RoundBuilder { default_durability, takes_pages: true, ..RoundBuilder::default() }
+    }
+
+    /// Says what the confirms of the source at hand wait for, where that is not the store's own durability. A round is
+    /// synced if anything in it asks for that.
+    pub fn set_durability(&mut self, durability: Durability) {
+        self.source.durability = Some(durability);
+    }
+
+    /// Whether [`RoundBuilder::page_out`] is of use now: not while the disk is short of space, or does not take pages.
+    pub fn takes_pages(&self) -> bool {
+        self.takes_pages
+    }
+
+    pub(super) fn permit_pages(&mut self, permitted: bool) {
+        self.takes_pages = permitted;
+    }
+
+    pub(super) fn begin_source(&mut self) {
+        self.source = Source { durability: None, bytes_before: self.log.gathered() };
+    }
+
+    pub(super) fn end_source(&mut self) {
+        if self.log.gathered() > self.source.bytes_before {
+            self.needs_sync |= self.source.durability.unwrap_or(self.default_durability) == Durability::Fsync;
+        }
+    }
+
+    /// Whether the round is to be synced.
+    pub(super) fn needs_sync(&self) -> bool {
+        self.needs_sync
+    }
+
+    /// Has the round synced whatever is in it.
+    pub(super) fn require_sync(&mut self) {
+        self.needs_sync = true;
     }
 
     /// Adds a durable record. The positions of one queue ascend, within a round and from round to round; gaps are
@@ -199,6 +252,7 @@ impl RoundBuilder {
 
     /// `may_have_notes` says of an owner whether earlier rounds wrote notes of it that are still there.
     pub(super) fn apply(&mut self, operation: Operation, may_have_notes: &dyn Fn(QueueId) -> bool) {
+        self.needs_sync |= self.default_durability == Durability::Fsync;
         match operation {
             Operation::PutMeta { key, value } => {
                 self.log.other_bytes += key.len() + value.len() + BATCH_ENTRY_BYTES;
@@ -229,6 +283,7 @@ impl RoundBuilder {
         self.records = 0;
         self.note_owners.clear();
         self.last_note_owner = None;
+        self.needs_sync = false;
     }
 
     /// The durable part of the round, in one batch.
@@ -334,6 +389,11 @@ impl Pile {
     fn push_note(&mut self, change: Change) {
         self.other_bytes += BATCH_ENTRY_BYTES;
         self.changes.push(change);
+    }
+
+    /// Grows with whatever is added.
+    fn gathered(&self) -> usize {
+        self.byte_count() + self.changes.len()
     }
 
     fn byte_count(&self) -> usize {

@@ -9,30 +9,39 @@ use tokio::sync::watch;
 
 use super::{Round, StoreError, WatermarkListener};
 
-/// No round has failed.
-const NONE: Round = Round::MAX;
+/// The end of a failure that lasts.
+const LASTING: Round = Round::MAX;
 
 /// The watermark, and who waits for it.
 ///
 /// # Invariants
-/// - W1: `failed_from` is set before `reached` gets there, so whoever sees the watermark sees the failure.
+/// - W1: a failure begins before `reached` gets to its first round, and ends before `reached` gets to the round after its
+///   last one; so whoever sees the watermark at a round sees how that round ended, for good.
 /// - W2: `reached` moves before the waiters are looked through, and a waiter looks at `reached` under their lock; so
 ///   nobody registers too late to be called.
 pub(super) struct Watermark {
     reached: AtomicU64,
-    /// This round and all later ones fail: after a failed sync nobody knows what the disk has.
-    failed_from: AtomicU64,
-    failure: Mutex<String>,
+    /// No round from it on has failed: the end of the last failure.
+    good_from: AtomicU64,
+    /// In order. They are few: each of them is an event that is logged.
+    failures: Mutex<Vec<Failure>>,
     waiters: Mutex<Vec<(Round, Arc<dyn WatermarkListener>)>>,
     published: watch::Sender<Round>,
+}
+
+/// The rounds of `from..until` have failed.
+struct Failure {
+    from: Round,
+    until: Round,
+    reason: String,
 }
 
 impl Watermark {
     pub fn new() -> Watermark {
         Watermark {
             reached: AtomicU64::new(0),
-            failed_from: AtomicU64::new(NONE),
-            failure: Mutex::default(),
+            good_from: AtomicU64::new(0),
+            failures: Mutex::default(),
             waiters: Mutex::default(),
             published: watch::Sender::new(0),
         }
@@ -42,24 +51,50 @@ impl Watermark {
         self.reached.load(Ordering::Acquire)
     }
 
+    #[inline]
     pub fn is_failed(&self, round: Round) -> bool {
-        round >= self.failed_from.load(Ordering::Acquire)
+        round < self.good_from.load(Ordering::Acquire) && self.reason(round).is_some()
     }
 
-    /// Why rounds fail, if they do.
+    /// Why a round has failed, if it has.
+    fn reason(&self, round: Round) -> Option<String> {
+        let failures = self.failures.lock();
+        let failure = failures.iter().rev().find(|failure| failure.from <= round)?;
+        (round < failure.until).then(|| failure.reason.clone())
+    }
+
+    /// Whether rounds fail at present.
+    #[inline]
+    pub fn is_failing(&self) -> bool {
+        self.good_from.load(Ordering::Acquire) == LASTING
+    }
+
+    /// Why rounds fail at present, if they do.
     pub fn failure(&self) -> Option<String> {
-        self.is_failed(NONE - 1).then(|| self.failure.lock().clone())
+        if !self.is_failing() {
+            return None;
+        }
+        self.failures.lock().last().map(|failure| failure.reason.clone())
     }
 
-    /// Lets `round` and all later ones fail. False if an earlier failure has done that before.
+    /// Lets `round` and all later ones fail. False if they do already.
     pub fn fail(&self, round: Round, reason: &str) -> bool {
-        let mut failure = self.failure.lock();
-        if self.is_failed(NONE - 1) {
+        let mut failures = self.failures.lock();
+        if failures.last().is_some_and(|failure| failure.until == LASTING) {
             return false;
         }
-        reason.clone_into(&mut failure);
-        self.failed_from.store(round, Ordering::Release);
+        failures.push(Failure { from: round, until: LASTING, reason: reason.to_owned() });
+        self.good_from.store(LASTING, Ordering::Release);
         true
+    }
+
+    /// Ends the failure: `round` and later ones are good.
+    pub fn recover(&self, round: Round) {
+        let mut failures = self.failures.lock();
+        if let Some(failure) = failures.last_mut() {
+            failure.until = round;
+        }
+        self.good_from.store(round, Ordering::Release);
     }
 
     /// Moves the watermark and calls everyone who waited for no more than that.
@@ -88,9 +123,9 @@ impl Watermark {
             let mut published = self.published.subscribe();
             published.wait_for(|reached| *reached >= round).await.map_err(|_| StoreError::Closed)?;
         }
-        match self.is_failed(round) {
-            true => Err(StoreError::RoundFailed { round, reason: self.failure.lock().clone() }),
-            false => Ok(()),
+        match self.is_failed(round).then(|| self.reason(round)).flatten() {
+            Some(reason) => Err(StoreError::RoundFailed { round, reason }),
+            None => Ok(()),
         }
     }
 }

@@ -71,7 +71,7 @@ impl ExchangeDedup {
         let verdict = state.cache.check_and_insert(now_unix_ms, headers, persistent);
         self.mark_dirty(&mut state);
         let round = match verdict {
-            Verdict::Duplicate if state.cache.is_durable() => state.last,
+            Verdict::Duplicate if state.cache.is_durable() => self.store.renewed(state.last),
             // Nothing tells in which round the message before was, so it is the one that is open now at the latest.
             Verdict::Duplicate if persistent => self.store.open_round(),
             Verdict::New(_) if persistent => state.last,
@@ -124,5 +124,5 @@ impl RoundSource for ExchangeDedup {
         }
     }
 
-    fn round_ended(&self, _committed: bool) {} // after a failed round none succeeds
+    fn round_ended(&self, _committed: bool) {} // a failed round is written after all, or none is
 }

@@ -215,7 +215,8 @@ impl Queue {
         match dedup.cache.check_and_insert(now_unix_ms, properties.raw_headers(), persistent) {
             Verdict::New(admission) => Admitted::Yes(Some(admission)),
             Verdict::NoKey => Admitted::Yes(None),
-            Verdict::Duplicate => Admitted::Duplicate(if persistent { dedup.last } else { 0 }),
+            Verdict::Duplicate if persistent => Admitted::Duplicate(self.environment.store.renewed(dedup.last)),
+            Verdict::Duplicate => Admitted::Duplicate(0),
         }
     }
 

@@ -20,6 +20,8 @@ use crate::{
 const READ_RECORDS: u64 = 16 << 10;
 /// Bytes in memory for which the sweep asks a queue to page out.
 const MIN_EVICTION_BYTES: usize = 16 << 10;
+/// How long a read that failed is left alone.
+const RETRY_MS: u64 = 1_000;
 
 impl Queue {
     /// Locks the state; the first use of a recovered queue reads its consumed positions.
@@ -119,9 +121,13 @@ impl Queue {
                 }
                 let lane = state.lanes.at_level(level);
                 lane.loading = false;
-                let Some(chunk) = chunk else { return };
-                lane.log.install(chunk);
                 let now = clock::now_unix_ms();
+                let Some(chunk) = chunk else {
+                    // It may pass: deliveries go on from there when the timer tries again.
+                    state.wake_at_unix_ms = state.wake_at_unix_ms.min(now + RETRY_MS);
+                    return queue.schedule(&mut state);
+                };
+                lane.log.install(chunk);
                 queue.deliver_locked(&mut state, now, &mut effects);
                 queue.drop_expired(&mut state, now, &mut effects);
                 queue.note_changes(&mut state);
@@ -226,7 +232,7 @@ impl RoundSource for Queue {
             true => state.attempts.drain(self.id, round),
             false => state.attempts.discard_changes(),
         }
-        if self.environment.budget.is_over() {
+        if self.environment.budget.is_over() && round.takes_pages() {
             let idle = state.is_idle();
             for lane in state.lanes.iter_mut() {
                 lane.page_out(round, idle, &mut state.scratch);
@@ -234,6 +240,12 @@ impl RoundSource for Queue {
         }
         // A large record made whole leaves a large buffer behind.
         state.scratch.shrink_to(64 << 10);
+    }
+
+    fn paging_failed(&self) {
+        for lane in self.state.lock().lanes.iter_mut() {
+            lane.log.paging_failed();
+        }
     }
 
     fn round_ended(&self, committed: bool) {

@@ -409,6 +409,12 @@ impl QueueLog {
         }
     }
 
+    /// Takes back that records were handed to [`QueueLog::page_out`]: they must stay. What had been paged out before is so
+    /// once more, some time.
+    pub fn paging_failed(&mut self) {
+        self.chunks.iter_mut().filter(|chunk| chunk.transient > 0).for_each(|chunk| chunk.paged = false);
+    }
+
     /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped. With `idle`, as
     /// nobody takes messages of this log now, also those that are needed first.
     pub fn evict(&mut self, committed_to: u64, idle: bool) -> bool {

@@ -26,8 +26,12 @@ impl Session {
     ) -> Result<(), Fault> {
         let Some(vhost) = self.vhost.clone() else { return Ok(()) };
         self.count_publish(number);
-        if message.persistent && self.broker.store_failure().is_some() {
-            return self.refuse(number);
+        if message.persistent && self.broker.is_store_failing() {
+            self.needs_disk = true;
+            if self.is_confirming(number) {
+                self.refuse(number);
+                return Ok(());
+            }
         }
         let published = vhost
             .publish(exchange, message, Arrival::Client, &mut self.effects)

@@ -1,5 +1,6 @@
 //! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
 
+mod failing;
 mod model;
 mod notes;
 mod opening;
@@ -45,6 +46,8 @@ struct TestQueueState {
     /// The round that the changes were promised to, while there are any.
     promised: Option<Round>,
     endings: Vec<bool>,
+    durability: Option<Durability>,
+    failed_pagings: u32,
 }
 
 #[derive(Clone, Debug)]
@@ -93,6 +96,9 @@ impl RoundSource for TestQueue {
     fn drain(&self, round: &mut RoundBuilder) {
         let mut state = self.state.lock();
         state.promised = None;
+        if let Some(durability) = state.durability {
+            round.set_durability(durability);
+        }
         for change in std::mem::take(&mut state.changes) {
             match change {
                 Change::Append(seq, record) => round.append(self.id, seq, &record),
@@ -112,6 +118,10 @@ impl RoundSource for TestQueue {
     fn round_ended(&self, committed: bool) {
         self.state.lock().endings.push(committed);
     }
+
+    fn paging_failed(&self) {
+        self.state.lock().failed_pagings += 1;
+    }
 }
 
 /// Holds rounds back, fails them, and remembers them.
@@ -126,7 +136,13 @@ struct TestHookState {
     held: bool,
     /// Rounds that came by.
     seen: Vec<Round>,
+    /// Fails one round, before or after it is written.
     fail_with: Option<String>,
+    fail_after_with: Option<String>,
+    /// Fails them all.
+    broken: Option<String>,
+    /// Rounds that were written, and whether they were synced.
+    written: Vec<(Round, bool)>,
 }
 
 impl TestHook {
@@ -141,6 +157,22 @@ impl TestHook {
 
     fn fail_with(&self, reason: &str) {
         self.state.lock().fail_with = Some(reason.to_owned());
+    }
+
+    fn fail_after_with(&self, reason: &str) {
+        self.state.lock().fail_after_with = Some(reason.to_owned());
+    }
+
+    fn break_down(&self, reason: &str) {
+        self.state.lock().broken = Some(reason.to_owned());
+    }
+
+    fn mend(&self) {
+        self.state.lock().broken = None;
+    }
+
+    fn was_synced(&self, round: Round) -> Option<bool> {
+        self.state.lock().written.iter().find(|(written, _)| *written == round).map(|(_, synced)| *synced)
     }
 
     fn seen(&self) -> Vec<Round> {
@@ -164,7 +196,14 @@ impl CommitHook for TestHook {
         while state.held {
             self.changed.wait(&mut state);
         }
-        state.fail_with.take().map_or(Ok(()), Err)
+        let failure = state.fail_with.take().or_else(|| state.broken.clone());
+        failure.map_or(Ok(()), Err)
+    }
+
+    fn after_write(&self, round: Round, synced: bool) -> Result<(), String> {
+        let mut state = self.state.lock();
+        state.written.push((round, synced));
+        state.fail_after_with.take().map_or(Ok(()), Err)
     }
 }
 

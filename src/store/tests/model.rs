@@ -60,6 +60,10 @@ enum Step {
     Commit {
         wait: bool,
     },
+    /// A round that fails before or after it is written, and is written after all.
+    Fail {
+        written: bool,
+    },
     Kill,
     Restart,
     /// A kill that leaves the last WAL cut off, or with junk at its end, at this part of its length.
@@ -86,6 +90,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (queue, 0..30u8, 0..9u8).prop_map(|(queue, from, count)| Step::DeleteNotes { queue, from, count }),
         2 => (0..6u8, any::<Option<u8>>()).prop_map(|(key, value)| Step::Define { key, value }),
         6 => any::<bool>().prop_map(|wait| Step::Commit { wait }),
+        1 => any::<bool>().prop_map(|written| Step::Fail { written }),
         1 => Just(Step::Kill),
         1 => Just(Step::Restart),
         2 => (any::<u8>(), any::<bool>()).prop_map(|(part, junk)| Step::Tear { part, junk }),
@@ -97,6 +102,7 @@ struct Subject {
     directory: tempfile::TempDir,
     /// The subdirectory that the store is in; kills move it on.
     generation: u32,
+    hook: Arc<TestHook>,
     store: Arc<Store>,
     queues: Vec<Arc<TestQueue>>,
     /// The position after the last record of each queue.
@@ -111,19 +117,27 @@ struct Subject {
 }
 
 /// Memtables so small that the files are flushed, and the WALs recycled, while the test runs.
-fn small(path: &Path) -> StoreOptions {
-    let linger = Duration::from_secs(3600);
-    StoreOptions { write_buffer_bytes: 256 * 1024, linger, ..options(path) }
+fn small(path: &Path, hook: &Arc<TestHook>) -> StoreOptions {
+    let (linger, hook) = (Duration::from_secs(3600), Arc::clone(hook) as Arc<dyn CommitHook>);
+    StoreOptions {
+        write_buffer_bytes: 256 * 1024,
+        linger,
+        retry: Duration::from_millis(1),
+        hook: Some(hook),
+        ..options(path)
+    }
 }
 
 impl Subject {
     fn new() -> Subject {
         let directory = tempfile::tempdir().unwrap();
-        let (store, _) = Store::open(small(&directory.path().join("0"))).unwrap();
+        let hook = Arc::default();
+        let (store, _) = Store::open(small(&directory.path().join("0"), &hook)).unwrap();
         let queues: Vec<_> = (0..QUEUES).map(|_| TestQueue::new(&store)).collect();
         Subject {
             directory,
             generation: 0,
+            hook,
             store,
             tails: BTreeMap::new(),
             used: queues.iter().map(|queue| queue.id).collect(),
@@ -192,6 +206,7 @@ impl Subject {
                 self.now.definitions.remove(&vec![key]);
             }
             Step::Commit { wait } => self.commit(wait),
+            Step::Fail { written } => self.fail(written),
             Step::Kill => {
                 self.continue_on_copy();
                 self.reopen(self.confirmed);
@@ -265,6 +280,20 @@ impl Subject {
         }
     }
 
+    /// What was in the failed round counts as written as soon as the store is back at work.
+    fn fail(&mut self, written: bool) {
+        match written {
+            true => self.hook.fail_after_with("asked for by the test"),
+            false => self.hook.fail_with("asked for by the test"),
+        }
+        let round = self.store.open_round();
+        self.history.push(self.now.clone());
+        wait(&self.store, round);
+        assert!(self.store.is_failed(round));
+        eventually("the store is back at work", || !self.store.is_failing());
+        self.confirmed = self.history.len() - 1;
+    }
+
     /// What a kill leaves behind, while the store that is killed still has its files open: preallocated and recycled
     /// WALs have their whole length then.
     fn continue_on_copy(&mut self) {
@@ -289,7 +318,7 @@ impl Subject {
 
     /// The store now holds what was true after some round, and not before round `at_least` of the history.
     fn reopen(&mut self, at_least: usize) {
-        let (store, recovered) = Store::open(small(&self.path())).unwrap();
+        let (store, recovered) = Store::open(small(&self.path(), &self.hook)).unwrap();
         let found = Contents::read(&store, &recovered, self.used.iter().copied());
         assert!(
             self.history[at_least..].contains(&found),

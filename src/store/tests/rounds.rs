@@ -63,39 +63,6 @@ fn nothing_arrives_while_the_sync_is_held_back_and_everything_after() {
 }
 
 #[test]
-fn a_failed_round_fails_everything_after_it_and_nothing_before() {
-    let directory = tempfile::tempdir().unwrap();
-    let hook = Arc::new(TestHook::default());
-    let store = open_hooked(directory.path(), &hook);
-    let queue = TestQueue::new(&store);
-    let good = queue.append(&store, 0, b"good");
-    commit(&store, good);
-    assert_eq!(store.has_failed(), None);
-
-    hook.fail_with("the disk says no");
-    let bad = queue.append(&store, 1, b"bad");
-    wait(&store, bad);
-
-    assert!(store.is_failed(bad) && !store.is_failed(good));
-    assert_eq!(store.has_failed().as_deref(), Some("the disk says no"));
-    let seen = hook.seen();
-    let after = queue.append(&store, 2, b"after");
-    wait(&store, after);
-    assert!(store.is_failed(after));
-    assert_eq!(hook.seen(), seen, "a failed store does not touch the disk");
-    assert_eq!(queue.endings(), [true, false, false]);
-    assert_eq!(store.stats().failed_rounds, 2);
-    assert_eq!(
-        store.shutdown(),
-        Err(StoreError::RoundFailed { round: store.watermark(), reason: "the disk says no".to_owned() })
-    );
-
-    let (store, _) = open(directory.path());
-    assert_eq!(read_all(&store, queue.id), [(0, b"good".to_vec())]);
-    commit(&store, queue.append(&store, 1, b"again"));
-}
-
-#[test]
 fn a_panic_while_a_source_is_drained_fails_the_round_and_not_the_thread() {
     let directory = tempfile::tempdir().unwrap();
     let (store, _) = open(directory.path());

@@ -20,7 +20,7 @@ use crate::{
         port::Delivery,
         test_port::TestPort,
     },
-    store::{CommitHook, Store, StoreOptions},
+    store::{CommitHook, Durability, Store, StoreOptions},
 };
 
 // Ports
@@ -145,7 +145,8 @@ fn open(
     let hook: Arc<dyn CommitHook> = failing.clone();
     let options = StoreOptions {
         path: directory.to_owned(),
-        sync: false,
+        durability: Durability::Os,
+        retry: Duration::from_millis(1),
         linger,
         hook: Some(hook),
         write_buffer_bytes: 1 << 20,

@@ -86,6 +86,10 @@ enum Step {
     Crash {
         then: Vec<Step>,
     },
+    /// What comes after it up to the end of the list is in rounds that fail; then the disk is back.
+    Fail {
+        then: Vec<Step>,
+    },
 }
 
 fn quiet_step() -> impl Strategy<Value = Step> {
@@ -114,6 +118,7 @@ fn step() -> impl Strategy<Value = Step> {
         30 => quiet_step(),
         1 => Just(Step::Restart),
         1 => vec(quiet_step(), 0..10).prop_map(|then| Step::Crash { then }),
+        1 => vec(quiet_step(), 0..10).prop_map(|then| Step::Fail { then }),
     ]
 }
 
@@ -214,6 +219,16 @@ impl Subject {
                 then.into_iter().filter(|step| !matches!(step, Step::Flush)).for_each(|step| self.run(step));
                 let _ = self.store.shutdown();
                 self.reopen(survivors);
+            }
+            Step::Fail { then } => {
+                self.failing.0.store(true, Ordering::SeqCst);
+                let steps = then.into_iter().filter(|step| !matches!(step, Step::Flush));
+                steps.for_each(|step| self.run(step));
+                self.failing.0.store(false, Ordering::SeqCst);
+                while self.store.is_failing() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                self.flush();
             }
         }
         effects.deliver_and_wake();

@@ -23,7 +23,7 @@ use crate::{
         test_port::TestPort,
     },
     model::properties::{Properties, raw_entries},
-    store::{CommitHook, Recovered, StoreOptions},
+    store::{CommitHook, Durability, Recovered, StoreOptions},
 };
 
 /// A delivery as a client sees it.
@@ -124,7 +124,7 @@ fn resource() -> ResourceName {
 
 fn open_store(path: &Path, gate: &Arc<Gate>) -> (Arc<Store>, Recovered) {
     let hook: Arc<dyn CommitHook> = gate.clone();
-    let options = StoreOptions { path: path.to_owned(), sync: false, hook: Some(hook), ..StoreOptions::default() };
+    let options = StoreOptions { path: path.to_owned(), durability: Durability::Os, hook: Some(hook), ..StoreOptions::default() };
     Store::open(options).expect("a store")
 }
 
