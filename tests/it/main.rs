@@ -15,6 +15,7 @@ mod connection;
 mod consume;
 mod deduplication;
 mod delayed;
+mod disk;
 mod durability;
 mod events;
 mod exchange;

@@ -46,9 +46,16 @@ pub fn command(data: &Path, port: u16, open_files: Option<u32>) -> Command {
 impl Program {
     /// Starts the binary and waits until it accepts connections.
     pub fn start(data: &Path, open_files: Option<u32>) -> Program {
+        Self::start_with(data, open_files, |_| {})
+    }
+
+    /// [`Program::start`] with a changed command.
+    pub fn start_with(data: &Path, open_files: Option<u32>, change: impl FnOnce(&mut Command)) -> Program {
         let port = free_port();
         let begun = Instant::now();
-        let mut child = command(data, port, open_files).spawn().unwrap();
+        let mut command = command(data, port, open_files);
+        change(&mut command);
+        let mut child = command.spawn().unwrap();
         let log = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
         let outputs: [Box<dyn std::io::Read + Send>; 2] =
             [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
