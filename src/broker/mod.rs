@@ -384,12 +384,15 @@ impl Broker {
         }
     }
 
-    fn set_alarm(&self, alarm: Alarm, active: bool) {
-        if self.alarms.set(alarm, active) {
+    /// Answers whether it is a change.
+    fn set_alarm(&self, alarm: Alarm, active: bool) -> bool {
+        let changed = self.alarms.set(alarm, active);
+        if changed {
             let events = self.events();
             let key = if active { "alarm.set" } else { "alarm.cleared" };
             events.note(key, || EventProperties::default().text("source", alarm.name()).text("node", &**events.node()));
         }
+        changed
     }
 
     /// Resource alarms.
@@ -460,7 +463,15 @@ impl DiskListener for Broker {
     fn on_disk(&self, condition: DiskCondition) {
         let limit = self.disk_free_limit_bytes;
         let enough = limit.max(condition.needed_bytes);
-        self.set_alarm(Alarm::Disk, limit > 0 && condition.free_bytes.is_some_and(|free| free < enough));
+        let low = limit > 0 && condition.free_bytes.is_some_and(|free| free < enough);
+        if self.set_alarm(Alarm::Disk, low) && low {
+            tracing::warn!(
+                free_bytes = condition.free_bytes,
+                wanted_bytes = enough,
+                disk_free_limit_bytes = limit,
+                "free space on the volume of the data directory is low; writes may need up to what is wanted"
+            );
+        }
         self.set_alarm(Alarm::DiskFailure, condition.is_failing);
     }
 }

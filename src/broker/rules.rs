@@ -5,7 +5,7 @@
 mod resolve;
 mod retry;
 
-use crate::model::Name;
+use crate::{model::Name, store::Durability};
 
 use super::arguments::QueueType;
 
@@ -71,6 +71,8 @@ pub struct StreamRules {
     pub max_bytes: Option<u64>,
     /// Bytes after which a segment is complete; `None` is RabbitMQ's 500,000,000.
     pub segment_bytes: Option<u64>,
+    /// As [`QueueRules::durability`].
+    pub durability: Option<Durability>,
 }
 
 /// What may change while the queue lives.
@@ -92,6 +94,8 @@ pub struct QueueRules {
     pub consumer_timeout_ms: Option<u64>,
     pub delayed_retry: DelayedRetry,
     pub retry: Option<Retry>,
+    /// What confirms wait for; `None` is what the broker is set to. Of a stream, [`StreamRules`] say so.
+    pub durability: Option<Durability>,
     pub stream: StreamRules,
 }
 
@@ -111,6 +115,7 @@ impl Default for QueueRules {
             consumer_timeout_ms: None,
             delayed_retry: DelayedRetry::default(),
             retry: None,
+            durability: None,
             stream: StreamRules::default(),
         }
     }

@@ -27,6 +27,7 @@ mod paging;
 mod perf_smoke;
 mod policies;
 mod queue;
+mod queue_durability;
 mod recent_history;
 mod reply_to;
 mod routing;

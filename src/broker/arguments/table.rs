@@ -62,8 +62,9 @@ const STREAM: &[&str] = &[
     "x-queue-leader-locator",
 ];
 
-/// What RabbitMQ does not have; known to queues, not to streams.
+/// What RabbitMQ does not have.
 const OWN: &[&str] = &[
+    "x-durability",
     "x-delayed",
     "x-retry",
     "x-parking",
@@ -73,6 +74,9 @@ const OWN: &[&str] = &[
     "x-cache-ttl",
     "x-deduplication-header",
 ];
+
+/// Of these, the ones that streams know.
+const OWN_OF_STREAMS: &[&str] = &["x-durability"];
 
 /// What deduplication is asked for with, of queues and exchanges; the first turns it on.
 pub(super) const DEDUPLICATION: &[&str] =
@@ -105,6 +109,7 @@ pub(super) const CHECKS: &[(&str, Check)] = &[
         "x-queue-leader-locator",
         Check::OneOf(&["client-local", "balanced", "random", "least-leaders"], "invalid_queue_locator_arg"),
     ),
+    ("x-durability", Check::OneOf(&["fsync", "os"], "invalid_durability")),
     ("x-delayed", Check::Bool),
     ("x-retry", Check::Retry),
     ("x-parking", Check::Bool),
@@ -120,7 +125,7 @@ pub(super) fn known_to(queue_type: QueueType) -> impl Iterator<Item = &'static s
     let (theirs, own) = match queue_type {
         QueueType::Classic => (CLASSIC, OWN),
         QueueType::Quorum => (QUORUM, OWN),
-        QueueType::Stream => (STREAM, &[] as &[&str]),
+        QueueType::Stream => (STREAM, OWN_OF_STREAMS),
     };
     theirs.iter().chain(own).copied()
 }

@@ -162,6 +162,8 @@ fn arguments_beyond_rabbitmqs_are_checked_in_the_same_shape() {
     let int = AMQPValue::LongInt;
     for (key, value, expected) in [
         ("x-delayed", int(1), "{unacceptable_type,signedint}"),
+        ("x-durability", text("none"), "invalid_durability"),
+        ("x-durability", AMQPValue::Boolean(true), "{unacceptable_type,bool}"),
         ("x-parking", text("yes"), "{unacceptable_type,longstr}"),
         ("x-retry", int(1), "{unacceptable_type,signedint}"),
         ("x-retry", text("max=x"), "\"max: expected integer, got text\""),
@@ -178,6 +180,7 @@ fn arguments_beyond_rabbitmqs_are_checked_in_the_same_shape() {
         }
     }
     let all = [
+        ("x-durability", text("os")),
         ("x-delayed", AMQPValue::Boolean(true)),
         ("x-parking", AMQPValue::Boolean(false)),
         ("x-retry", text("max=3")),
@@ -188,6 +191,8 @@ fn arguments_beyond_rabbitmqs_are_checked_in_the_same_shape() {
         ("x-deduplication-header", text("id")),
     ];
     assert_eq!(refused(&all), "accepted");
+    assert_eq!(with_type("stream", "x-durability", text("fsync")), "accepted");
+    assert_eq!(with_type("stream", "x-durability", text("none")), "invalid arg 'x-durability': invalid_durability");
 }
 
 #[test]

@@ -51,7 +51,7 @@ use super::{
 };
 use crate::{
     clock,
-    store::{QueueId, Round, Store},
+    store::{Durability, QueueId, Round, Store},
 };
 
 /// How much of what waits is in memory.
@@ -115,6 +115,7 @@ struct State {
     loads: u64,
     /// After a failed read, not before this time.
     retry_unix_ms: u64,
+    durability: Option<Durability>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -185,9 +186,15 @@ impl Delays {
             loading: None,
             loads: 0,
             retry_unix_ms: 0,
+            durability: None,
         };
         let state = Mutex::new(state);
         Arc::new_cyclic(|this| Delays { owner, store, limits, on_earlier, this: this.clone(), state })
+    }
+
+    /// Says what the rounds of [`Delays::push`] wait for; `None` is what the broker is set to.
+    pub fn set_durability(&self, durability: Option<Durability>) {
+        self.state.lock().durability = durability;
     }
 
     /// Keeps a message until it is due; among those due at the same time, the earlier push comes first.

@@ -212,6 +212,9 @@ impl RoundSource for Delays {
         if state.closed {
             return;
         }
+        if let Some(durability) = state.durability {
+            round.set_durability(durability);
+        }
         if state.clearing == Clearing::Pending {
             round.delete_notes(self.owner, FIRST_KEY, END_KEY);
             state.clearing = Clearing::Writing;

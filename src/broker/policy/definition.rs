@@ -150,6 +150,8 @@ const QUORUM_KEYS: &[Key] = &[
 ];
 
 const OWN_KEYS: &[Key] = &[
+    Key::new("durability", Check::OneOf(&["fsync", "os"]), "durability value. Must be fsync or os")
+        .operator(Merge::Operator),
     Key::new("parking", Check::Boolean, "parking value. Must be true or false")
         .operator(Merge::Operator)
         .not_for(&[STREAM]),

@@ -95,6 +95,7 @@ fn every_key_is_checked() {
             json!("some"),
             "delayed retry type. Must be one of: all, failed, returned, disabled",
         ),
+        ("durability", json!("os"), json!("none"), "durability value. Must be fsync or os"),
         ("parking", json!(true), json!("true"), "parking value. Must be true or false"),
         ("retry", json!({}), json!({"max": -1}), "retry: max must be from 0 to 4294967295, got -1"),
     ] {
@@ -196,6 +197,7 @@ fn a_policy_with_a_key_the_type_does_not_know_is_passed_over() {
     assert_eq!(passed_over(json!({"queue-mode": "lazy"})), [false, true, true]);
     assert_eq!(passed_over(json!({"consumer-timeout": 1})), [false, false, false]);
     assert_eq!(passed_over(json!({"parking": false})), [false, false, true]);
+    assert_eq!(passed_over(json!({"durability": "os"})), [false, false, false]);
 }
 
 #[test]
@@ -235,6 +237,7 @@ fn keys_that_both_kinds_have_are_merged_each_in_its_way() {
         ("delayed-retry-min", json!(3), json!(5), json!(5)),
         ("delayed-retry-max", json!(3), json!(5), json!(3)),
         ("parking", json!(true), json!(false), json!(false)),
+        ("durability", json!("os"), json!("fsync"), json!("fsync")),
         ("retry", json!({"max": 1}), json!("max=2"), json!("max=2")),
     ] {
         let user = PolicyDefinition::parse(PolicyKind::User, &json!({key: user})).unwrap();

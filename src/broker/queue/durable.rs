@@ -222,6 +222,9 @@ impl RoundSource for Queue {
         if state.deleted {
             return;
         }
+        if let Some(durability) = state.rules.durability {
+            round.set_durability(durability);
+        }
         for lane in state.lanes.iter_mut() {
             lane.drain(round, self.options.durable, &mut state.scratch);
         }

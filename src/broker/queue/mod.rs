@@ -226,6 +226,9 @@ impl Queue {
             return self.schedule_tick(clock::now_unix_ms());
         }
         let mut state = self.state.lock();
+        if let Some(delays) = &self.delays {
+            delays.set_durability(state.rules.durability);
+        }
         let stored = state.lanes.iter().any(|lane| lane.unopened.is_some());
         if stored && (state.rules.message_ttl_ms.is_some() || state.counts_attempts()) {
             state.wake_at_unix_ms = 0;
@@ -425,6 +428,9 @@ impl Queue {
             return;
         }
         state.rules = rules;
+        if let Some(delays) = &self.delays {
+            delays.set_durability(state.rules.durability);
+        }
         self.may_reject.store(state.may_reject(), Ordering::Relaxed);
         state.renew_lease();
         self.enforce_limits(&mut state, effects);

@@ -19,6 +19,7 @@ use crate::{
         Name,
         arguments::{as_integer, as_longstr, lookup},
     },
+    store::Durability,
 };
 
 /// Priorities of a quorum-type queue, which has them always.
@@ -169,6 +170,7 @@ impl QueueRules {
                 .or_else(|| sources.policy?.boolean("parking"))
                 .unwrap_or(defaults.parking),
             retry: retry(sources),
+            durability: durability(sources),
             ..QueueRules::default()
         }
     }
@@ -197,9 +199,18 @@ impl QueueRules {
                 max_age_ms: sources.policy_before_argument("max-age").and_then(|age| max_age_ms(age.as_bytes())),
                 max_bytes: sources.policy_number("max-length-bytes"),
                 segment_bytes: sources.policy_number("stream-max-segment-size-bytes"),
+                durability: durability(sources),
             },
             ..QueueRules::default()
         }
+    }
+}
+
+fn durability(sources: &Sources<'_>) -> Option<Durability> {
+    match sources.argument_before_policy("durability")?.as_ref() {
+        "fsync" => Some(Durability::Fsync),
+        "os" => Some(Durability::Os),
+        _ => None,
     }
 }
 

@@ -233,6 +233,9 @@ impl RoundSource for Stream {
         if state.deleted {
             return;
         }
+        if let Some(durability) = state.rules.durability {
+            round.set_durability(durability);
+        }
         state.in_store = true;
         let id = self.id;
         if state.written_to < state.tail.end() {

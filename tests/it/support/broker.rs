@@ -58,8 +58,13 @@ impl TestBroker {
 
     /// A broker with an (open) gate in front of every sync.
     pub async fn gated() -> (Self, Arc<Gate>) {
+        Self::gated_with(|_| {}).await
+    }
+
+    /// [`TestBroker::gated`] with a changed configuration.
+    pub async fn gated_with(change: impl FnOnce(&mut Config)) -> (Self, Arc<Gate>) {
         let gate = Arc::new(Gate::default());
-        (Self::build(Some(gate.clone()), |_| {}).await, gate)
+        (Self::build(Some(gate.clone()), change).await, gate)
     }
 
     async fn build(gate: Option<Arc<Gate>>, change: impl FnOnce(&mut Config)) -> Self {
@@ -210,6 +215,8 @@ struct State {
     closed: bool,
     failing: bool,
     waiting: u32,
+    /// Of each round that was written, whether it was synced.
+    synced: Vec<bool>,
 }
 
 impl Gate {
@@ -231,6 +238,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Of the rounds written since the last call, whether they were synced.
+    pub fn take_written(&self) -> Vec<bool> {
+        std::mem::take(&mut self.state.lock().unwrap().synced)
+    }
+
     /// Whether a sync is held back right now.
     pub fn is_holding(&self) -> bool {
         self.state.lock().unwrap().waiting > 0
@@ -246,6 +258,11 @@ impl CommitHook for Gate {
         }
         state.waiting -= 1;
         if state.failing { Err("the disk is on fire".into()) } else { Ok(()) }
+    }
+
+    fn after_write(&self, _: Round, synced: bool) -> Result<(), String> {
+        self.state.lock().unwrap().synced.push(synced);
+        Ok(())
     }
 }
 

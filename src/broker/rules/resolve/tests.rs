@@ -150,10 +150,33 @@ fn a_policy_wins_over_the_arguments_of_a_stream() {
     let arguments =
         [("x-max-age", text("1h")), ("x-max-length-bytes", int(100)), ("x-stream-max-segment-size-bytes", int(1000))];
     let stream = |user: Value| rules(QueueType::Stream, &arguments, user, Value::Null).stream;
-    let declared = StreamRules { max_age_ms: Some(3_600_000), max_bytes: Some(100), segment_bytes: Some(1000) };
+    let declared = StreamRules {
+        max_age_ms: Some(3_600_000),
+        max_bytes: Some(100),
+        segment_bytes: Some(1000),
+        durability: None,
+    };
     assert_eq!(stream(Value::Null), declared);
     let policy = json!({"max-age": "2s", "max-length-bytes": 200, "stream-max-segment-size-bytes": 5});
-    assert_eq!(stream(policy), StreamRules { max_age_ms: Some(2000), max_bytes: Some(200), segment_bytes: Some(5) });
+    let changed =
+        StreamRules { max_age_ms: Some(2000), max_bytes: Some(200), segment_bytes: Some(5), durability: None };
+    assert_eq!(stream(policy), changed);
+}
+
+#[test]
+fn durability_is_the_arguments_then_the_operators_then_the_users_for_every_type() {
+    let durability = |arguments: &[(&str, AMQPValue)], user: Value, operator: Value| {
+        QueueType::ALL.map(|queue_type| {
+            let rules = rules(queue_type, arguments, user.clone(), operator.clone());
+            rules.durability.or(rules.stream.durability)
+        })
+    };
+    let (os, fsync) = (json!({"durability": "os"}), json!({"durability": "fsync"}));
+    assert_eq!(durability(&[], Value::Null, Value::Null), [None; 3]);
+    assert_eq!(durability(&[], os.clone(), Value::Null), [Some(Durability::Os); 3]);
+    assert_eq!(durability(&[], os.clone(), fsync.clone()), [Some(Durability::Fsync); 3]);
+    assert_eq!(durability(&[("x-durability", text("os"))], fsync.clone(), fsync), [Some(Durability::Os); 3]);
+    assert_eq!(durability(&[("x-durability", text("fsync"))], os, Value::Null), [Some(Durability::Fsync); 3]);
 }
 
 #[test]
