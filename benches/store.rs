@@ -135,7 +135,8 @@ fn append_and_sync(criterion: &mut Criterion) {
 fn read_back(criterion: &mut Criterion) {
     const RECORDS: u64 = 100_000;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory to write to");
-    let options = StoreOptions { path: directory.path().to_owned(), durability: Durability::Os, ..StoreOptions::default() };
+    let options =
+        StoreOptions { path: directory.path().to_owned(), durability: Durability::Os, ..StoreOptions::default() };
     let (store, _) = Store::open(options).expect("a fresh store");
     let queue = Arc::new(SteadyQueue {
         id: store.allocate_queue_id(),

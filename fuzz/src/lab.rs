@@ -36,8 +36,7 @@ impl Lab {
         let name = format!("leveret-fuzz-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let directory = std::env::temp_dir().join(name);
         let _ = std::fs::remove_dir_all(&directory);
-        let options =
-            StoreOptions { path: directory.clone(), durability: Durability::Os, ..StoreOptions::default() };
+        let options = StoreOptions { path: directory.clone(), durability: Durability::Os, ..StoreOptions::default() };
         let (store, recovered) = Store::open(options).expect("a fresh store opens");
         // A small budget, so that inputs with large messages page out.
         let broker = Broker::new(

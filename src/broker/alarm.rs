@@ -55,7 +55,8 @@ impl Alarms {
         }
         let low = [Alarm::Disk, Alarm::Memory].iter().filter(|alarm| bits & **alarm as u8 != 0);
         let low: Vec<&str> = low.map(|alarm| alarm.name()).collect();
-        let failure = (is_durable && bits & Alarm::DiskFailure as u8 != 0).then(|| Alarm::DiskFailure.name().to_owned());
+        let failure =
+            (is_durable && bits & Alarm::DiskFailure as u8 != 0).then(|| Alarm::DiskFailure.name().to_owned());
         let low = (!low.is_empty()).then(|| format!("low on {}", low.join(" & ")));
         match (failure, low) {
             (Some(failure), Some(low)) => Some(format!("{failure}, {low}")),

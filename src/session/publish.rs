@@ -19,8 +19,8 @@ use super::{
 use crate::{
     auth::{Access, Resource},
     broker::{
-        Body, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route,
-        SHARED_BODY_BYTES, Vhost, encode_names,
+        Body, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost,
+        encode_names,
         exchange::Attributes,
         extension::{Extension, ExtensionBytes, encode_keys},
     },
@@ -110,8 +110,8 @@ impl Session {
     /// from the connection until then.
     #[cold]
     fn must_refuse(&mut self, number: u16, route: &CachedRoute, messages: &[Message<'_>]) -> bool {
-        let needs_disk = messages.iter().any(|message| message.persistent)
-            && route.iter().any(|queue| queue.options.durable);
+        let needs_disk =
+            messages.iter().any(|message| message.persistent) && route.iter().any(|queue| queue.options.durable);
         self.needs_disk |= needs_disk;
         needs_disk && self.is_confirming(number)
     }

@@ -111,6 +111,7 @@ impl Session {
             (self.broker.store_failure(), transaction.publishes.iter().any(|publish| publish.message.persistent))
         {
             tracing::warn!(reason, "transaction refused");
+            (self.published, self.needs_disk) = (true, true);
             return Err(Fault::new(406, "partial tx completion"));
         }
         let mut round: Round = 0;

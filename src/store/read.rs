@@ -32,17 +32,17 @@ impl Rocks {
             let family = db.cf_handle(key::LOG).ok_or(StoreError::Closed)?;
             let wanted = Stretch { db, family, queue, from, until, readahead_bytes };
             let mut log = Cursor::open(self, from, wanted)?;
-            let mut pages = match open_pages.as_ref().and_then(OpenPages::family) {
-                Some((db, family)) => Some(Cursor::open(self, from, Stretch { db, family, ..wanted })?),
-                None => None,
-            };
+            let mut pages = Vec::new();
+            for (db, family) in open_pages.iter().flat_map(OpenPages::families) {
+                pages.push(Cursor::open(self, from, Stretch { db, family, ..wanted })?);
+            }
             let mut bytes = 0usize;
             loop {
-                let page_seq = pages.as_ref().and_then(Cursor::seq);
-                let cursor = match (log.seq(), page_seq, &mut pages) {
-                    (log_seq, Some(page_seq), Some(pages)) if log_seq.is_none_or(|seq| page_seq < seq) => pages,
-                    (Some(_), ..) => &mut log,
-                    (None, ..) => return Ok(until),
+                let page = pages.iter().enumerate().filter_map(|(index, page)| Some((page.seq()?, index))).min();
+                let cursor = match (log.seq(), page) {
+                    (log_seq, Some((page_seq, index))) if log_seq.is_none_or(|seq| page_seq < seq) => &mut pages[index],
+                    (Some(_), _) => &mut log,
+                    (None, _) => return Ok(until),
                 };
                 let Some((seq, record)) = cursor.record() else { return Ok(until) };
                 each(seq, record);
@@ -51,10 +51,10 @@ impl Rocks {
                     return Ok(seq + 1);
                 }
                 cursor.advance()?;
-                // A record that is in both is the same record.
-                if let Some(pages) = &mut pages {
-                    while pages.seq().is_some_and(|page_seq| page_seq <= seq) {
-                        pages.advance()?;
+                // A record that is in several places is the same record.
+                for page in &mut pages {
+                    while page.seq().is_some_and(|page_seq| page_seq <= seq) {
+                        page.advance()?;
                     }
                 }
             }

@@ -114,8 +114,13 @@ impl Committer {
             Retry { at: Instant::now() + delay, delay }
         });
         match &failing.retry {
-            Some(retry) => tracing::error!(reason, retry_after = ?retry.delay, "the store in '{path}' is still failing"),
-            None => tracing::error!(reason, "the store in '{path}' takes no more durable work until the broker is restarted"),
+            Some(retry) => {
+                tracing::error!(reason, retry_after = ?retry.delay, "the store in '{path}' is still failing")
+            }
+            None => tracing::error!(
+                reason,
+                "the store in '{path}' takes no more durable work until the broker is restarted"
+            ),
         }
         Some(failing)
     }

@@ -150,9 +150,7 @@ impl Rocks {
             .iter()
             .map(|(queue, (from, until))| (key::numbered(*queue, *from), key::numbered(*queue, *until)))
             .collect();
-        if let Some((db, family)) = self.pages().open().family() {
-            sweep_family(db, family, &ranges);
-        }
+        self.pages().open().families().for_each(|(db, family)| sweep_family(db, family, &ranges));
         let swept = self.with(|db| {
             if let Some(family) = db.cf_handle(key::LOG) {
                 sweep_family(db, family, &ranges);

@@ -229,3 +229,43 @@ fn records_that_cannot_be_paged_out_fail_nothing_and_are_taken_later() {
     });
     assert_eq!(numbers(&read_all(&store, queue.id)), [0, 1]);
 }
+
+#[test]
+fn a_database_of_pages_that_has_given_up_is_replaced_and_still_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let retry = Duration::from_millis(5);
+    let options = StoreOptions { write_buffer_bytes: 256 * 1024, retry, ..options(directory.path()) };
+    let (store, _) = Store::open(options).unwrap();
+    let queue = TestQueue::new(&store);
+    let record = |seq: QueueSeq| -> Vec<u8> {
+        let noise = (0..2_000).map(|at: u64| (seq + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ at).to_be_bytes()[0]);
+        noise.collect()
+    };
+    // Pages a record out until that succeeds; answers how often it did not.
+    let page_out = |seq: QueueSeq| {
+        let mut failures = 0;
+        eventually("the record is paged out", || {
+            let before = queue.state.lock().failed_pagings;
+            commit(&store, queue.change(&store, [Change::Page(seq, record(seq))]));
+            let failed = queue.state.lock().failed_pagings - before;
+            failures += failed;
+            failed == 0
+        });
+        failures
+    };
+    assert_eq!((0..10).map(page_out).sum::<u32>(), 0);
+    std::fs::remove_dir_all(directory.path().join("pages")).unwrap();
+    // The next flush finds no place for its file.
+    let mut seq = 10;
+    while page_out(seq) == 0 {
+        seq += 1;
+        assert!(seq < 10_000, "it never failed");
+    }
+    for seq in seq + 1..seq + 10 {
+        page_out(seq);
+    }
+    let read = read_all(&store, queue.id);
+    let expected: Records = (0..seq + 10).map(|seq| (seq, record(seq))).collect();
+    assert!(read == expected, "{} of {} records", read.len(), expected.len());
+    store.shutdown().unwrap();
+}

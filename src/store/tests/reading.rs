@@ -63,7 +63,7 @@ fn log_and_pages_are_read_as_one_and_pages_are_gone_after_a_restart() {
     let round = queue.change(&store, [Change::DeleteSegments(0, 1)]);
     commit(&store, round);
     assert_eq!(read_all(&store, queue.id), numbered(segment(1)..9_000));
-    store.rocks.pages().of(queue.id).unwrap().family().unwrap().0.flush().unwrap();
+    store.rocks.pages().of(queue.id).unwrap().families().last().unwrap().0.flush().unwrap();
     store.abandon();
 
     let (store, _) = open(directory.path());
@@ -111,7 +111,7 @@ fn deleting_segments_takes_exactly_those() {
             let pages = store.rocks.pages().of(queue.id).unwrap();
             let log = db.cf_handle(key::LOG).unwrap();
             let consumed = db.cf_handle(key::CONSUMED).unwrap();
-            for (db, family) in [(db, log), (db, consumed), pages.family().unwrap()] {
+            for (db, family) in [(db, log), (db, consumed), pages.families().last().unwrap()] {
                 db.flush_cf(family).unwrap();
                 db.compact_range_cf(family, None::<&[u8]>, None::<&[u8]>);
             }

@@ -19,7 +19,8 @@ impl Volume {
     pub fn mount(bytes: u64) -> Option<Volume> {
         let directory = tempfile::tempdir().unwrap();
         let options = format!("size={bytes}");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "leveret"]).arg(directory.path()).output();
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &options, "leveret"]).arg(directory.path()).output();
         match mounted {
             Ok(output) if output.status.success() => Some(Volume { directory }),
             other => {

@@ -150,12 +150,8 @@ fn a_policy_wins_over_the_arguments_of_a_stream() {
     let arguments =
         [("x-max-age", text("1h")), ("x-max-length-bytes", int(100)), ("x-stream-max-segment-size-bytes", int(1000))];
     let stream = |user: Value| rules(QueueType::Stream, &arguments, user, Value::Null).stream;
-    let declared = StreamRules {
-        max_age_ms: Some(3_600_000),
-        max_bytes: Some(100),
-        segment_bytes: Some(1000),
-        durability: None,
-    };
+    let declared =
+        StreamRules { max_age_ms: Some(3_600_000), max_bytes: Some(100), segment_bytes: Some(1000), durability: None };
     assert_eq!(stream(Value::Null), declared);
     let policy = json!({"max-age": "2s", "max-length-bytes": 200, "stream-max-segment-size-bytes": 5});
     let changed =

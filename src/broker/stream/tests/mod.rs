@@ -124,7 +124,8 @@ fn resource() -> ResourceName {
 
 fn open_store(path: &Path, gate: &Arc<Gate>) -> (Arc<Store>, Recovered) {
     let hook: Arc<dyn CommitHook> = gate.clone();
-    let options = StoreOptions { path: path.to_owned(), durability: Durability::Os, hook: Some(hook), ..StoreOptions::default() };
+    let options =
+        StoreOptions { path: path.to_owned(), durability: Durability::Os, hook: Some(hook), ..StoreOptions::default() };
     Store::open(options).expect("a store")
 }
 

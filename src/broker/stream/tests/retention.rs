@@ -3,7 +3,8 @@
 use super::*;
 use crate::store::SEGMENT_RECORDS;
 
-const SMALL: StreamRules = StreamRules { max_age_ms: None, max_bytes: Some(200_000), segment_bytes: Some(50_000) };
+const SMALL: StreamRules =
+    StreamRules { max_age_ms: None, max_bytes: Some(200_000), segment_bytes: Some(50_000), durability: None };
 
 /// What the store still has.
 fn stored(world: &World) -> Vec<u64> {
@@ -78,7 +79,7 @@ fn new_rules_count_at_once() {
 #[test]
 fn large_dropped_messages_give_their_space_back_before_their_segment_is_whole() {
     let mut world =
-        World::new(StreamRules { max_bytes: Some(4 << 20), segment_bytes: Some(1 << 20), max_age_ms: None });
+        World::new(StreamRules { max_bytes: Some(4 << 20), segment_bytes: Some(1 << 20), ..StreamRules::default() });
     for _ in 0..60 {
         world.publish(1, 1 << 20);
     }
