@@ -26,7 +26,7 @@ const MIB: u64 = 1 << 20;
 /// A broker with small write buffers, so that a small volume has room for them.
 fn start(data: &Path, disk_free_limit: &str, fault: Option<&Fault>) -> Program {
     Program::start_with(data, None, |command| {
-        command.args(["--store-write-buffer", "2MiB", "--memory-budget", "8MiB"]);
+        command.args(["--store-write-buffer", "2MiB", "--memory-budget", "12MiB"]);
         command.args(["--disk-free-limit", disk_free_limit]);
         if let Some(fault) = fault {
             fault.preload(command);
