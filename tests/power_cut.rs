@@ -21,6 +21,8 @@ mod delays;
 mod disk;
 #[path = "crash_features/duplicates.rs"]
 mod duplicates;
+#[path = "power_cut/each_sync.rs"]
+mod each_sync;
 #[path = "crash/facts.rs"]
 mod facts;
 #[path = "crash/load.rs"]

@@ -102,7 +102,7 @@ fn after_a_cut(journal: bool, stop_before_names: bool) -> Option<Vec<(String, St
         fs::write(data.join(name), text).unwrap();
     }
     disk.before_start(&data, &mut Rng(1));
-    disk.set_journal(journal);
+    disk.be(journal, 0);
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", "rules::writes_files_and_syncs_some", "--ignored", "--test-threads", "1"]);
     command.envs(disk.environment(&data)).env(DIRECTORY, &data);

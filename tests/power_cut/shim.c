@@ -10,6 +10,7 @@
  *       dirs/<id>      the synced entries of a directory, one a line: "f <id> <name>" or "d <id> <name>"
  *   POWER_CUT_JOURNAL  if set, the sync of a new file makes its directory's entries survive as well, as on ext4 and XFS
  *   POWER_CUT_SYNC_US  how many microseconds longer a sync takes than here, so that more is on its way when the power fails
+ *   POWER_CUT_AT_SYNC  if set, the process ends with this sync (the first is 1), before any of it survives
  *
  * An id is "<inode>.<n>", for inode numbers are used again: the highest <n> is the one that has the number now. The shadow of
  * everything that is there before the process starts is laid by whoever starts it, with n = 0.
@@ -27,6 +28,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,6 +61,7 @@ static const char *volume, *shadow;
 static size_t volume_length;
 static int journal;
 static useconds_t sync_us;
+static long syncs, last_sync;
 static dev_t device;
 static struct file *files[BUCKETS];
 
@@ -83,6 +86,7 @@ __attribute__((constructor)) static void begin(void) {
     }
     volume_length = strlen(volume);
     if (getenv("POWER_CUT_SYNC_US") != NULL) sync_us = atoi(getenv("POWER_CUT_SYNC_US"));
+    if (getenv("POWER_CUT_AT_SYNC") != NULL) last_sync = atol(getenv("POWER_CUT_AT_SYNC"));
     if (syscall(SYS_newfstatat, AT_FDCWD, volume, &status, 0) != 0) give_up("no volume at", volume);
     device = status.st_dev;
 }
@@ -253,6 +257,7 @@ static int synced(int fd, long call) {
     if (!status_of(fd, &status)) return syscall(call, fd);
     if (sync_us > 0) usleep(sync_us);
     pthread_mutex_lock(&syncing);
+    if (++syncs == last_sync) kill(getpid(), SIGKILL);
     int result = syscall(call, fd);
     if (result == 0 && S_ISREG(status.st_mode)) sync_contents(fd, &status);
     if (result == 0 && S_ISDIR(status.st_mode) && path_within(fd, path)) {
