@@ -48,7 +48,9 @@ pub struct DataDir(Option<tempfile::TempDir>);
 
 impl DataDir {
     pub fn new() -> DataDir {
-        DataDir(Some(tempfile::tempdir().expect("a temporary directory")))
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        std::fs::create_dir(directory.path().join("volume")).expect("a directory in it");
+        DataDir(Some(directory))
     }
 
     pub fn path(&self) -> PathBuf {

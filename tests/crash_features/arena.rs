@@ -115,6 +115,7 @@ impl Arena {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (mut disk, mut rng) = (new_disk(), Rng(seed));
         let data_dir = directory.path().join("volume/data");
+        std::fs::create_dir(directory.path().join("volume")).expect("a directory in it");
         let environment = disk.before_start(&data_dir, &mut rng);
         let broker = Broker::start_in(&data_dir, &[], &environment).expect("a first start");
         let mut client = Client::connect(broker.address).expect("connects");
