@@ -209,13 +209,12 @@ fn watch(site: &Site, broker: &mut Broker, data_dir: &Path, began: Instant, ends
         let at_seconds = began.elapsed().as_secs();
         let last_minute = samples.last().map_or(0, |sample| sample.at_seconds / 60);
         if at_seconds / 60 > last_minute || Instant::now() >= ends {
-            let of = |of: fn(&Sample) -> u64| measure::of_minute(&samples, last_minute, of).unwrap_or(0) >> 10;
             let now = site.ledger.totals();
             let seconds = said_at.elapsed().as_secs().max(1);
             println!(
                 "{last_minute:6}  {:12}  {:8}  {:11}  {:6}  {:6}  {:11}  {}",
-                of(|sample| sample.resident_kib),
-                of(|sample| sample.disk_kib),
+                measure::resident_kib(&samples, last_minute) >> 10,
+                measure::least_disk_kib(&samples, last_minute) >> 10,
                 (now.sent - before.sent) / seconds,
                 (now.done - before.done) / seconds,
                 site.ledger.outstanding(),
@@ -279,11 +278,10 @@ fn minutes_apart(samples: &[Sample], errors: &mut Vec<String>) {
         println!("memory and disk are not compared: the run was too short");
         return;
     }
-    let of = |minute, of: fn(&Sample) -> u64| measure::of_minute(samples, minute, of).unwrap_or(0);
-    let memory = |sample: &Sample| sample.resident_kib;
-    let disk = |sample: &Sample| sample.disk_kib;
-    measure::compare("resident memory", of(compared, memory), of(end, memory), MEMORY_SLACK_KIB, errors);
-    measure::compare("disk", of(compared, disk), of(end, disk), DISK_SLACK_KIB, errors);
+    let [then, now] = [compared, end].map(|minute| measure::resident_kib(samples, minute));
+    measure::compare("resident memory", then, now, MEMORY_SLACK_KIB, errors);
+    let [then, now] = [compared, end].map(|minute| measure::least_disk_kib(samples, minute));
+    measure::compare("disk", then, now, DISK_SLACK_KIB, errors);
 }
 
 #[test]

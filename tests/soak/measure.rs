@@ -22,11 +22,21 @@ pub fn disk_kib(directory: &Path) -> u64 {
     sizes.sum()
 }
 
-/// The middle of what a minute's samples say; load comes in bursts, and a minute has several.
-pub fn of_minute(samples: &[Sample], minute: u64, of: impl Fn(&Sample) -> u64) -> Option<u64> {
+fn in_minute(samples: &[Sample], minute: u64, of: impl Fn(&Sample) -> u64) -> Vec<u64> {
     let mut values: Vec<u64> = samples.iter().filter(|sample| sample.at_seconds / 60 == minute).map(of).collect();
     values.sort_unstable();
-    values.get(values.len() / 2).copied()
+    values
+}
+
+/// The middle of a minute's samples; load comes in bursts, and a minute has several.
+pub fn resident_kib(samples: &[Sample], minute: u64) -> u64 {
+    let values = in_minute(samples, minute, |sample| sample.resident_kib);
+    values.get(values.len() / 2).copied().unwrap_or(0)
+}
+
+/// The least of a minute's samples: what is above it waits to be compacted, more or less of it by the disk's other work.
+pub fn least_disk_kib(samples: &[Sample], minute: u64) -> u64 {
+    in_minute(samples, minute, |sample| sample.disk_kib).first().copied().unwrap_or(0)
 }
 
 /// Complains if `then` and `now` are further apart than a tenth and `slack_kib`.
