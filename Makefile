@@ -13,6 +13,8 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/leveret
 CRASH_ROUNDS ?= 200
 CRASH_FEATURE_ROUNDS ?= 50
+POWER_CUTS ?= 200
+SOAK_SECONDS ?= 3600
 FUZZ_SECONDS ?= 600
 ARGS ?=
 PEERS ?=
@@ -70,8 +72,18 @@ test-fast: deps ## Unit tests and one integration test file (TEST=name), without
 	$(if $(TEST),cargo test $(CARGO_FLAGS) --test '$(TEST)')
 
 .PHONY: unit
-unit: deps ## All Rust tests, among them a short crash loop
-	cargo test $(CARGO_FLAGS) --no-fail-fast
+unit: deps ## All Rust tests, among them short crash and power cut loops, and three minutes of mixed load
+	cargo test $(CARGO_FLAGS) --no-run
+	# Most of the mixed load's time is waiting, so it runs beside the others; among them it only has a few seconds.
+	soak_log=$$(mktemp)
+	trap 'rm -f "$$soak_log"' EXIT
+	SOAK_SECONDS=180 cargo test $(CARGO_FLAGS) --test soak -- --nocapture >"$$soak_log" 2>&1 &
+	soak=$$!
+	failed=0
+	cargo test $(CARGO_FLAGS) --no-fail-fast || failed=1
+	wait "$$soak" || failed=1
+	cat "$$soak_log"
+	exit "$$failed"
 
 .PHONY: interop
 interop: build python-deps ## Stock clients against a fresh broker (or against AMQP_URL, if it is set)
@@ -88,6 +100,14 @@ interop: build python-deps ## Stock clients against a fresh broker (or against A
 crash-test: deps ## Kill the broker under load, again and again (CRASH_ROUNDS=200, CRASH_FEATURE_ROUNDS=50)
 	CRASH_ROUNDS=$(CRASH_ROUNDS) cargo test $(CARGO_FLAGS) --test crash -- --nocapture
 	CRASH_FEATURE_ROUNDS=$(CRASH_FEATURE_ROUNDS) cargo test $(CARGO_FLAGS) --test crash_features -- --nocapture
+
+.PHONY: power-cut
+power-cut: deps ## Power cuts under load: the broker is killed, and what it had not synced thrown away (POWER_CUTS=200)
+	POWER_CUTS=$(POWER_CUTS) cargo test $(CARGO_FLAGS) --test power_cut -- --nocapture
+
+.PHONY: soak
+soak: deps ## An hour of mixed load: counts, memory, disk and log at its end (SOAK_SECONDS=3600)
+	SOAK_SECONDS=$(SOAK_SECONDS) cargo test $(CARGO_FLAGS) --test soak -- --nocapture
 
 .PHONY: scale
 scale: deps ## Millions of messages: rules of queues, streams, backlogs, starts, disk: order, rates, memory (an hour)

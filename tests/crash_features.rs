@@ -15,6 +15,8 @@ mod client;
 mod dead_letters;
 #[path = "crash_features/delays.rs"]
 mod delays;
+#[path = "crash/disk.rs"]
+mod disk;
 #[path = "crash_features/duplicates.rs"]
 mod duplicates;
 #[path = "crash/facts.rs"]
@@ -24,3 +26,11 @@ mod facts;
 mod retries;
 #[path = "crash_features/transactions.rs"]
 mod transactions;
+
+fn new_disk() -> Box<dyn disk::Disk> {
+    Box::new(disk::Lasting)
+}
+
+fn rounds_wanted() -> usize {
+    arena::number("CRASH_FEATURE_ROUNDS").unwrap_or(3) as usize
+}

@@ -135,6 +135,8 @@ pub struct Session {
     pub(super) exclusive: Vec<Arc<Queue>>,
     pub(super) effects: Effects,
     pub(super) settling: SettleBatch,
+    /// The latest round that something settled on this connection is in.
+    pub(super) settled: Round,
     pub(super) partial: Option<PartialBody>,
     awaiting: Option<Awaiting>,
     /// Something was published since [`Session::take_published`].
@@ -191,6 +193,7 @@ impl Session {
             exclusive: Vec::new(),
             effects: Effects { on_behalf_of: Some(id), ..Effects::default() },
             settling: SettleBatch::default(),
+            settled: 0,
             partial: None,
             awaiting: None,
             published: false,

@@ -109,7 +109,8 @@ impl Session {
         let mut batch = std::mem::take(&mut self.settling);
         let (mut start, mut round) = (0, 0);
         for (queue, consumer, end) in batch.runs.drain(..) {
-            queue.settle(consumer, &batch.deliveries[start..end], how, &mut self.effects);
+            let settled = queue.settle(consumer, &batch.deliveries[start..end], how, &mut self.effects);
+            self.settled = self.settled.max(settled);
             start = end;
             if durably {
                 round = round.max(queue.settle_round());

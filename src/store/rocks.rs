@@ -10,6 +10,8 @@
 //!   records are in table files, a torn end of it is never met again.
 
 use std::fmt::Display;
+use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -99,6 +101,10 @@ impl Rocks {
     pub fn open(options: &StoreOptions) -> Result<Rocks, StoreError> {
         let path = options.path.clone();
         let failed = |error: rocksdb::Error| open_error(&path, error);
+        if !path.join("CURRENT").exists() {
+            create_directory(&path)
+                .map_err(|error| StoreError::Open { path: path.clone(), reason: error.to_string() })?;
+        }
         let cache = Cache::new_lru_cache(options.block_cache_bytes);
         let buffers = WriteBufferManager::new_write_buffer_manager(options.write_buffer_bytes, false);
         let mut base = database_options(&buffers).map_err(failed)?;
@@ -249,6 +255,27 @@ impl Rocks {
     pub fn damaged(&self) -> u64 {
         self.damaged.load(Ordering::Relaxed)
     }
+}
+
+/// Creates the directory of a new database, if it is not there, and syncs the directories above it. RocksDB syncs what is in
+/// its directory, and never that there is one: without this a power failure can take the directory with all that is in it.
+fn create_directory(path: &Path) -> std::io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    for above in path.canonicalize()?.ancestors().skip(1) {
+        // One that may not be read is not the broker's own, and was there before.
+        let Ok(directory) = File::open(above) else { break };
+        match directory.sync_all() {
+            // Some file systems cannot sync a directory, or have nothing to sync.
+            Err(error) if !matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::ReadOnlyFilesystem) => {
+                return Err(error);
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// RocksDB has no error code of its own for a lock that somebody else holds.

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "several test programs share it, and each uses a part")]
 
 use std::{
+    ffi::OsString,
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::Path,
@@ -15,20 +16,28 @@ use std::{
 /// How long a start may take before it counts as failed.
 const START_PATIENCE: Duration = Duration::from_secs(20);
 
+/// Warnings that are kept of a broker.
+const MOST_WARNINGS: usize = 10_000;
+
 pub struct Broker {
     child: Child,
     pub address: SocketAddr,
     pub started_in: Duration,
     complaints: Arc<Mutex<Vec<String>>>,
+    warnings: Arc<Mutex<Vec<serde_json::Value>>>,
 }
 
-fn spawn(data_dir: &Path, arguments: &[&str]) -> Child {
+/// Variables of a broker's environment.
+pub type Environment = Vec<(&'static str, OsString)>;
+
+fn spawn(data_dir: &Path, arguments: &[&str], environment: &Environment) -> Child {
     // Another build can be put to the test.
     let program = std::env::var_os("LEVERET_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_leveret").into());
     Command::new(program)
         .args(["--bind", "127.0.0.1", "--port", "0", "--log-format", "json", "--data-dir"])
         .arg(data_dir)
         .args(arguments)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -42,18 +51,34 @@ impl Broker {
     /// # Errors
     /// What it logged, when it did not come up.
     pub fn start(data_dir: &Path, arguments: &[&str]) -> Result<Broker, String> {
+        Broker::start_in(data_dir, arguments, &Environment::new())
+    }
+
+    /// [`Broker::start`] with more variables in its environment.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_in(data_dir: &Path, arguments: &[&str], environment: &Environment) -> Result<Broker, String> {
         let began = Instant::now();
-        let mut child = spawn(data_dir, arguments);
+        let mut child = spawn(data_dir, arguments, environment);
         let lines = BufReader::new(child.stderr.take().expect("piped")).lines();
         let complaints = Arc::new(Mutex::new(Vec::new()));
         let (ready, is_ready) = mpsc::channel();
         let log = complaints.clone();
+        let warnings = Arc::new(Mutex::new(Vec::new()));
+        let warned = warnings.clone();
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok) {
                 let entry: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
                 if entry["message"] == "leveret is ready" {
                     let address = entry["address"].as_str().and_then(|address| address.parse::<SocketAddr>().ok());
                     let _ = ready.send((address, began.elapsed()));
+                }
+                if entry["level"] == "WARN" {
+                    let mut warned = warned.lock().unwrap();
+                    if warned.len() < MOST_WARNINGS {
+                        warned.push(entry.clone());
+                    }
                 }
                 // Anything that is no log line is a panic, or worse.
                 if entry["level"] == "ERROR" || entry["level"].is_null() {
@@ -62,7 +87,7 @@ impl Broker {
             }
         });
         match is_ready.recv_timeout(START_PATIENCE) {
-            Ok((Some(address), started_in)) => Ok(Broker { child, address, started_in, complaints }),
+            Ok((Some(address), started_in)) => Ok(Broker { child, address, started_in, complaints, warnings }),
             _ => {
                 let _ = child.kill();
                 let status = child.wait();
@@ -87,6 +112,11 @@ impl Broker {
     /// Whether the process has ended by itself.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The warnings since the last call.
+    pub fn take_warnings(&self) -> Vec<serde_json::Value> {
+        std::mem::take(&mut *self.warnings.lock().unwrap())
     }
 
     pub fn pid(&self) -> u32 {
@@ -127,8 +157,8 @@ impl Drop for Broker {
 }
 
 /// Starts a broker and kills it after `delay`, ready or not.
-pub fn start_and_kill(data_dir: &Path, arguments: &[&str], delay: Duration) {
-    let mut child = spawn(data_dir, arguments);
+pub fn start_and_kill(data_dir: &Path, arguments: &[&str], environment: &Environment, delay: Duration) {
+    let mut child = spawn(data_dir, arguments, environment);
     std::thread::sleep(delay);
     child.kill().expect("the broker was running");
     child.wait().expect("it was our child");

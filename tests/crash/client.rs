@@ -226,6 +226,11 @@ impl Client {
         }
     }
 
+    /// Drops what has come and was not received; it was for a channel that is closed now.
+    pub fn forget_backlog(&mut self) {
+        self.backlog.clear();
+    }
+
     fn receive_new(&mut self, wait: Duration) -> Answer<Option<Incoming>> {
         let deadline = Instant::now() + wait;
         loop {

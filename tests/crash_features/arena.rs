@@ -16,18 +16,20 @@ use amq_protocol::{
 use super::{
     broker::{Broker, start_and_kill},
     client::{Answer, Client, ClientError, Delivery, Incoming, Rng, publish_frames},
+    disk::Disk,
     facts::{self, Id},
+    new_disk, rounds_wanted,
 };
 
 /// How long the broker has to bring everything to its place after a restart.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
 
-fn number(name: &str) -> Option<u64> {
+pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
 pub fn rounds() -> usize {
-    number("CRASH_FEATURE_ROUNDS").unwrap_or(3) as usize
+    rounds_wanted()
 }
 
 pub fn now_unix_ms() -> u64 {
@@ -98,6 +100,7 @@ pub struct Arena {
     pub rng: Rng,
     seed: u64,
     directory: Option<tempfile::TempDir>,
+    disk: Box<dyn Disk>,
     broker: Option<Broker>,
     pub address: SocketAddr,
     pub errors: Vec<String>,
@@ -110,15 +113,20 @@ impl Arena {
     pub fn new(name: &'static str, declare: impl FnOnce(&mut Client) -> Answer<()>) -> Arena {
         let seed = number("CRASH_SEED").unwrap_or_else(|| now_unix_ms() % 1_000_000_007);
         let directory = tempfile::tempdir().expect("a temporary directory");
-        let broker = Broker::start(&directory.path().join("data"), &[]).expect("a first start");
+        let (mut disk, mut rng) = (new_disk(), Rng(seed));
+        let data_dir = directory.path().join("volume/data");
+        std::fs::create_dir(directory.path().join("volume")).expect("a directory in it");
+        let environment = disk.before_start(&data_dir, &mut rng);
+        let broker = Broker::start_in(&data_dir, &[], &environment).expect("a first start");
         let mut client = Client::connect(broker.address).expect("connects");
         declare(&mut client).expect("the queues are declared");
         client.close().expect("a goodbye");
         Arena {
             name,
-            rng: Rng(seed),
+            rng,
             seed,
             directory: Some(directory),
+            disk,
             address: broker.address,
             broker: Some(broker),
             errors: Vec::new(),
@@ -151,17 +159,23 @@ impl Arena {
         if self.rng.one_in(2) {
             arguments.extend(["--store-write-buffer", "1MiB"]);
         }
+        let data_dir = self.data();
+        self.disk.after_end(&data_dir, &mut self.rng);
         if self.rng.one_in(4) {
-            start_and_kill(&self.data(), &arguments, Duration::from_micros(self.rng.range(0..120_000)));
+            let environment = self.disk.before_start(&data_dir, &mut self.rng);
+            let delay = Duration::from_micros(self.rng.range(0..120_000));
+            start_and_kill(&data_dir, &arguments, &environment, delay);
+            self.disk.after_end(&data_dir, &mut self.rng);
         }
-        let broker = Broker::start(&self.data(), &arguments).expect("the broker starts again");
+        let environment = self.disk.before_start(&data_dir, &mut self.rng);
+        let broker = Broker::start_in(&data_dir, &arguments, &environment).expect("the broker starts again");
         self.address = broker.address;
         self.broker = Some(broker);
         known
     }
 
     fn data(&self) -> PathBuf {
-        self.directory.as_ref().expect("there until dropped").path().join("data")
+        self.directory.as_ref().expect("there until dropped").path().join("volume/data")
     }
 
     /// Says what came of a round.

@@ -303,20 +303,21 @@ impl Queue {
         answered
     }
 
-    /// Applies settlements of deliveries that `consumer` (`None` for `basic.get`) had, then hands out what that freed.
+    /// Applies settlements of deliveries that `consumer` (`None` for `basic.get`) had, then hands out what that freed. Answers
+    /// the round that takes what changed in the store, 0 if nothing did.
     pub fn settle(
         self: &Arc<Self>,
         consumer: Option<ConsumerId>,
         deliveries: &[Settled],
         how: Settlement,
         effects: &mut Effects,
-    ) {
+    ) -> Round {
         if let Some(stream) = &self.stream {
             return stream.settle(consumer, deliveries, effects);
         }
         let mut state = self.open();
         if state.deleted {
-            return;
+            return 0;
         }
         let late = match how {
             Settlement::Acked => state.ack(consumer, deliveries),
@@ -339,6 +340,7 @@ impl Queue {
             self.enforce_limits(&mut state, effects);
         }
         self.schedule(&mut state);
+        state.dirty.unwrap_or(0)
     }
 
     /// Adds a consumer and starts delivering to it.

@@ -120,17 +120,18 @@ impl Stream {
     }
 
     /// Gives back the credit of deliveries, however they were settled, and goes on delivering. Settling with `None` (what a
-    /// closing channel leaves behind) changes nothing.
-    pub fn settle(&self, consumer: Option<ConsumerId>, deliveries: &[Settled], effects: &mut Effects) {
-        let Some(consumer) = consumer else { return };
+    /// closing channel leaves behind) changes nothing. Answers the round that takes what changed in the store, 0 if nothing did.
+    pub fn settle(&self, consumer: Option<ConsumerId>, deliveries: &[Settled], effects: &mut Effects) -> Round {
+        let Some(consumer) = consumer else { return 0 };
         let mut state = self.open();
         if state.deleted {
-            return;
+            return 0;
         }
         if state.settle(consumer, deliveries, clock::now_unix_ms()) {
             self.mark_dirty(&mut state);
         }
         self.deliver_locked(&mut state, DELIVERY_COST, effects);
+        state.dirty.unwrap_or(0)
     }
 
     /// The round that makes what was settled durable; 0 when there is nothing to wait for. For transactions.
