@@ -1,6 +1,9 @@
 //! What publishers notice of a checkpoint of a large store.
+//!
+//! `CHECKPOINT_DIR` puts the copies elsewhere, on another volume perhaps; `CHECKPOINT_MESSAGES` sets the backlog.
 
 use std::{
+    path::Path,
     process::Command,
     sync::{
         Mutex,
@@ -96,7 +99,7 @@ fn publish_eagerly(place: &Place, queue: &str, stop: &AtomicBool) {
     }
 }
 
-fn checkpoint(place: &Place, to: &std::path::Path) -> serde_json::Value {
+fn checkpoint(place: &Place, to: &Path) -> serde_json::Value {
     let program = std::env::var_os("LEVERET_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_leveret").into());
     let data_dir = place.directory.path().join("data");
     let mut command = Command::new(program);
@@ -121,7 +124,11 @@ fn of_time(latencies: &Latencies, from: Instant, until: Instant) -> (Duration, D
 fn a_checkpoint_of_a_large_store_under_load_delays_no_publish_much() {
     let _alone = alone();
     let place = Place::new();
-    let backlog = scaled(10_000_000, 50_000);
+    let given = std::env::var("CHECKPOINT_MESSAGES").ok().and_then(|messages| messages.parse().ok());
+    let backlog = given.unwrap_or(scaled(10_000_000, 50_000));
+    let elsewhere = std::env::var_os("CHECKPOINT_DIR");
+    let copies = elsewhere.map_or_else(tempfile::tempdir, tempfile::tempdir_in).expect("a temporary directory");
+    let mut last = copies.path().to_owned();
     let began = Instant::now();
     fill(&place, backlog);
     println!("{backlog} messages of {BODY_BYTES} bytes published in {:.1?}", began.elapsed());
@@ -144,30 +151,34 @@ fn a_checkpoint_of_a_large_store_under_load_delays_no_publish_much() {
         println!("without a checkpoint: {publishes} publishes, 99.9 % within {p999:.1?}, the slowest {most:.1?}");
         for at in 0..scaled(6, 2) {
             let began = Instant::now();
-            let made = checkpoint(&place, &place.directory.path().join(format!("copy-{at}")));
+            last = copies.path().join(format!("copy-{at}"));
+            let made = checkpoint(&place, &last);
             let took = began.elapsed();
+            if at > 0 {
+                std::fs::remove_dir_all(copies.path().join(format!("copy-{}", at - 1))).expect("removed");
+            }
             std::thread::sleep(scaled(Duration::from_secs(2), Duration::from_millis(300)));
             let (p999, most, publishes) = of_time(&latencies, began, began + took);
             let (_, after, _) = of_time(&latencies, began + took, Instant::now());
             worst = worst.max(most).max(after);
             println!(
-                "checkpoint {at}: {:.2} GB in {} files in {} ms ({took:.1?} with leveret ctl); {publishes} publishes, \
+                "checkpoint {at}: {:.2} GB in {} files (links: {}) in {} ms ({took:.1?} with leveret ctl); {publishes} publishes, \
                  99.9 % within {p999:.1?}, the slowest {most:.1?}, and {after:.1?} in the 2 s after",
                 made["bytes"].as_f64().unwrap_or(0.0) / 1e9,
                 made["files"],
+                made["linked"],
                 made["took_ms"],
             );
         }
         stop.store(true, Ordering::SeqCst);
     });
     demand(&format!("no publish waits longer than {MAX_LATENCY:?} ({worst:.1?})"), worst <= MAX_LATENCY);
-    examine_the_last(&place, backlog, &counts.into_inner().unwrap());
+    examine(&last, backlog, &counts.into_inner().unwrap());
 }
 
-/// The last copy has the backlog as a whole, and of what was published meanwhile a first part.
-fn examine_the_last(place: &Place, backlog: u64, counts: &[(usize, u64)]) {
-    let directory = place.directory.path().join(format!("copy-{}", scaled(5, 1)));
-    let mut copy = Broker::start(&directory, &[]).expect("a broker starts on the copy");
+/// A copy has the backlog as a whole, and of what was published meanwhile a first part.
+fn examine(directory: &Path, backlog: u64, counts: &[(usize, u64)]) {
+    let mut copy = Broker::start(directory, &[]).expect("a broker starts on the copy");
     let mut client = Client::connect(copy.address).expect("connects");
     let stored = |client: &mut Client, queue: &str| client.declare_queue(queue, true, true).expect("there");
     assert_eq!(u64::from(stored(&mut client, BACKLOG)), backlog);
