@@ -34,9 +34,9 @@ impl Broker {
         all
     }
 
-    /// The names of the resources that have run out.
+    /// The names of the alarms in force.
     pub fn active_alarms(&self) -> Vec<&'static str> {
-        let alarms = [Alarm::Disk, Alarm::Memory].into_iter();
+        let alarms = [Alarm::DiskFailure, Alarm::Disk, Alarm::Memory].into_iter();
         alarms.filter(|&alarm| self.alarms.is_set(alarm)).map(Alarm::name).collect()
     }
 
@@ -47,7 +47,7 @@ impl Broker {
 
     /// Free bytes on the volume of the data directory; `None` when the system does not say.
     pub fn free_disk_bytes(&self) -> Option<u64> {
-        self.store.free_disk_bytes()
+        self.store.disk_condition().free_bytes
     }
 
     /// Copies everything durable into a directory that another broker can be started on: all that had happened when the

@@ -46,7 +46,7 @@ pub struct Status {
     pub resident_bytes: Option<u64>,
     pub data_directory: PathBuf,
     pub free_disk_bytes: Option<u64>,
-    /// The resources that have run out.
+    /// What has run out, or fails.
     pub alarms: Vec<String>,
     /// Why no durable work is done any more, if that is so.
     pub store_failure: Option<String>,

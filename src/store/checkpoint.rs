@@ -5,8 +5,10 @@
 //! which do. A round is one batch of the WAL, so a copy of the WAL ends between two rounds, as after a power failure; and
 //! what is confirmed is in the WAL, so it is in the copy. What is paged out is not: it does not survive a restart anyway.
 //!
-//! RocksDB flushes first. It could do without and copy more WAL, but then it also copies the files that wait to be
-//! recycled, and fails when one of them is taken into use meanwhile.
+//! RocksDB notes the length of every file, links what can be linked, and copies the WAL last, which must then be as long
+//! as it was. A recycled WAL file is not: it is cut to what is in it when it is closed, and it is closed when the memtable
+//! is full, which under load happens while the links are made. So the recycled ones are used up before. A new file only
+//! grows.
 //!
 //! # Another volume
 //! Links do not reach there. The links are then made in the data directory, and copied from there a little at a time;
@@ -23,9 +25,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
+use rocksdb::DB;
 use rustix::fs::{Advice, fadvise, statvfs};
 
-use super::rocks::Rocks;
+use super::rocks::{RECYCLED_WALS, Rocks};
 use super::{Store, StoreError};
 
 /// Where links wait to be copied to another volume, in the data directory.
@@ -148,7 +151,15 @@ impl Rocks {
     /// Has RocksDB make `directory`, which does not exist: of links, on the volume of the data directory.
     fn link_to(&self, directory: &Path) -> io::Result<()> {
         let made = self.with(|db| {
-            let made = rocksdb::checkpoint::Checkpoint::new(db).and_then(|all| all.create_checkpoint(directory));
+            // While nothing is deleted, nothing is put aside to be recycled either.
+            let mut made = db.disable_file_deletions();
+            if made.is_ok() {
+                made = (0..=RECYCLED_WALS).try_for_each(|_| begin_wal(db)).and_then(|()| {
+                    // Flushes, so that the WAL to be copied is short.
+                    rocksdb::checkpoint::Checkpoint::new(db)?.create_checkpoint(directory)
+                });
+                made = made.and(db.enable_file_deletions());
+            }
             made.map_err(|error| self.open_error(error))
         });
         made.map_err(|error| match error {
@@ -156,6 +167,13 @@ impl Rocks {
             error => io::Error::other(error),
         })
     }
+}
+
+/// Has RocksDB go on with another WAL file: by a flush of the default family, which nothing else is written to. It needs
+/// something to flush.
+fn begin_wal(db: &DB) -> Result<(), rocksdb::Error> {
+    db.delete(b"")?;
+    db.flush()
 }
 
 /// Removes what a checkpoint has left in a data directory whose broker was killed meanwhile.
