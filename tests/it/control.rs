@@ -198,7 +198,7 @@ const QUEUES: usize = 4;
 /// A broker under load, several copies of it, and each of them examined.
 async fn examine_copies_in(place: &Path, is_linked: bool) {
     // Small, so that all kinds of files come and go.
-    let broker = TestBroker::with(|config| config.store.write_buffer_bytes = 1 << 20).await;
+    let broker = TestBroker::with(|config| config.store.write_buffer_bytes = Some(1 << 20)).await;
     let mut peer = broker.peer().await;
     let stop = Arc::<AtomicBool>::default();
     let mut tasks = Vec::new();

@@ -154,7 +154,8 @@ fn a_checkpoint_of_a_large_store_under_load_delays_no_publish_much() {
             last = copies.path().join(format!("copy-{at}"));
             let made = checkpoint(&place, &last);
             let took = began.elapsed();
-            if at > 0 {
+            // Copies of 10 GB do not fit many times. Links do, and to delete thousands of them is work for the same disk.
+            if at > 0 && made["linked"] == false {
                 std::fs::remove_dir_all(copies.path().join(format!("copy-{}", at - 1))).expect("removed");
             }
             std::thread::sleep(scaled(Duration::from_secs(2), Duration::from_millis(300)));

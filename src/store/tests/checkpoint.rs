@@ -20,7 +20,7 @@ fn copies_end_between_rounds_while_wal_files_come_and_go() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("data");
     // A WAL file lasts for a round or two, and the next that takes its place is rarely as long.
-    let small = StoreOptions { write_buffer_bytes: 256 << 10, sync: false, ..options(&path) };
+    let small = StoreOptions { write_buffer_bytes: 256 << 10, durability: Durability::Os, ..options(&path) };
     let (store, _) = Store::open(small).unwrap();
     let (left, right) = (TestQueue::new(&store), TestQueue::new(&store));
     let (durable, stop) = (AtomicU64::new(0), AtomicBool::new(false));
