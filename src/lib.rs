@@ -15,6 +15,7 @@
 //! - [`wire`]: bytes to frames and back. [`session`]: the protocol, without sockets. [`net`]: the sockets.
 //! - [`broker`]: exchanges, queues and rules, without frames. [`store`]: bytes, ids and rounds, without AMQP.
 //! - [`model`]: plain values. [`auth`]: users and permissions. [`config`], [`clock`], [`telemetry`]: leaves.
+//! - [`control`]: the operator's socket, behind `leveret ctl`.
 //! - [`server`] puts them together; [`cli`] is the command line.
 //!
 //! `tests/layering.rs` holds who may import whom.
@@ -35,6 +36,7 @@ pub mod broker;
 pub mod cli;
 pub mod clock;
 pub mod config;
+pub mod control;
 pub mod model;
 pub mod net;
 pub mod server;

@@ -4,7 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::task::JoinHandle;
@@ -13,6 +13,7 @@ use crate::{
     auth::Authenticator,
     broker::{Broker, BrokerLimits, BrokerSettings, QueueSettings, rules::RuleDefaults},
     config::{Config, Durability},
+    control::{self, Control},
     net::{Listener, Registry, Shared, keep_deadlines, keep_events, keep_time, raise_file_limit},
     session::{CloseReason, ConnectionContext, SessionLimits},
     store::{self, CommitHook, Store, StoreError, StoreOptions},
@@ -39,6 +40,8 @@ pub struct Server {
     registry: Arc<Registry>,
     listeners: Vec<Listener>,
     timers: [JoinHandle<()>; 3],
+    /// The operator's socket; a broker can do without.
+    control: Option<Control>,
 }
 
 impl Server {
@@ -55,6 +58,7 @@ impl Server {
     /// # Errors
     /// [`ServerError`].
     pub async fn start_with_hook(config: Config, hook: Option<Arc<dyn CommitHook>>) -> Result<Self, ServerError> {
+        let started = Instant::now();
         raise_file_limit();
         let (store, recovered) = Store::open(StoreOptions {
             path: config.data_dir.clone(),
@@ -99,7 +103,11 @@ impl Server {
             tokio::spawn(keep_deadlines(broker.clone())),
             tokio::spawn(keep_events(broker.clone())),
         ];
-        Ok(Server { store, broker, registry, listeners, timers })
+        let context = control::Context { broker: broker.clone(), registry: registry.clone(), started };
+        let control = Control::start(&config.data_dir, context)
+            .inspect_err(|error| tracing::warn!(%error, "there is no control socket, so leveret ctl will not work"))
+            .ok();
+        Ok(Server { store, broker, registry, listeners, timers, control })
     }
 
     /// The addresses listened on.
@@ -116,6 +124,7 @@ impl Server {
     /// # Errors
     /// When the last round could not be written.
     pub async fn stop(self) -> Result<(), ServerError> {
+        drop(self.control);
         self.listeners.iter().for_each(Listener::stop);
         let reason = CloseReason::new(320, "broker forced connection closure with reason 'shutdown'");
         for handle in self.registry.handles() {

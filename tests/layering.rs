@@ -24,6 +24,7 @@ const TABLE: &[(&str, &[&str], &[&str])] = &[
     ("session", &["model", "wire", "broker", "auth", "clock", "metrics"], &["tokio::net", "tokio::spawn"]),
     ("net", &["session", "wire", "config", "metrics", "clock", "broker::Broker"], &[]),
     ("http", &["model", "auth", "broker", "config", "metrics"], &["crate::broker::queue"]),
+    ("control", &["broker", "net::Registry"], &["crate::broker::queue"]),
     ("cli", EVERYTHING, &[]),
     ("server", EVERYTHING, &[]),
     ("lib", EVERYTHING, &[]),

@@ -8,6 +8,8 @@
 
 #[path = "crash/broker.rs"]
 mod broker;
+#[path = "scale/checkpoint.rs"]
+mod checkpoint;
 #[path = "crash/client.rs"]
 mod client;
 #[path = "scale/delays.rs"]

@@ -45,6 +45,11 @@ impl Alarms {
         self.0.load(Ordering::Relaxed) != 0
     }
 
+    /// Whether this one is.
+    pub fn is_set(&self, alarm: Alarm) -> bool {
+        self.0.load(Ordering::Relaxed) & alarm as u8 != 0
+    }
+
     /// The reason as RabbitMQ words it: `low on memory`, `low on disk`, `low on disk & memory`; and `disk failure`, which
     /// RabbitMQ does not have. `None` for a connection that need not be stopped: `is_durable` says that it has published
     /// messages that are to survive a restart.

@@ -18,6 +18,7 @@ mod exchange_state;
 pub mod extension;
 mod memory;
 mod message;
+mod overview;
 pub mod policy;
 mod port;
 mod queue;
@@ -46,6 +47,7 @@ pub use self::{
     events::{EVENT_EXCHANGE, EventProperties, Events},
     memory::MemoryBudget,
     message::{Body, Message, OwnedMessage, encode_names},
+    overview::{CheckpointError, Overview},
     port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port, TimedOut},
     queue::{
         ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Outcome, Queue, QueueOptions, SHARED_BODY_BYTES,

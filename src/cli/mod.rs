@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 it failed while running, 2 the command line or the configuration is wrong.
 
+mod ctl;
 pub mod perf;
 mod ping;
 
@@ -31,6 +32,8 @@ Examples:
   LEVERET_LOG=debug leveret                       every flag has a variable, too
   leveret check-config --config leveret.toml      is this file valid?
   leveret ping                                    does a broker answer on port 5672?
+  leveret ctl status                              how is the broker on ./leveret-data?
+  leveret ctl checkpoint /backup/leveret          copy it while it runs
   leveret perf --help                             measure a broker
 
 A flag beats the environment, the environment beats the file, and the file beats the default.";
@@ -61,6 +64,8 @@ enum Command {
     CheckConfig(Flags),
     /// Say whether a broker answers: exit code 0 if it does, 1 if not
     Ping(ping::PingArgs),
+    /// Ask a running broker on this machine how it is, or for a backup
+    Ctl(ctl::CtlArgs),
     /// Publish to and consume from a broker, and measure it
     Perf(perf::PerfArgs),
 }
@@ -103,6 +108,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Some(Command::Serve(flags)) => serve(&flags),
         Some(Command::CheckConfig(flags)) => check_config(&flags),
         Some(Command::Ping(args)) => ping::run(&args).map_err(Failure::running),
+        Some(Command::Ctl(args)) => ctl::run(args).map_err(|error| match error {
+            ctl::CtlError::Config(_) => Failure::usage(error),
+            _ => Failure::running(error),
+        }),
         Some(Command::Perf(args)) => perf::run(args).map_err(Failure::running),
     }
 }

@@ -18,6 +18,12 @@ pub struct Flags {
 }
 
 impl Flags {
+    /// The flags that say where a broker's data directory is.
+    pub fn locating(config: Option<PathBuf>, data_dir: Option<PathBuf>) -> Self {
+        let data_dir = data_dir.map(|path| ("data-dir", Value::One(path.to_string_lossy().into_owned())));
+        Self { config, given: data_dir.into_iter().collect() }
+    }
+
     pub(super) fn values(&self) -> impl Iterator<Item = (&'static Setting, &Value)> {
         self.given.iter().filter_map(|(flag, value)| {
             let setting = SETTINGS.iter().find(|setting| setting.flag == *flag)?;

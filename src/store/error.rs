@@ -32,6 +32,10 @@ pub enum StoreError {
     #[error("cannot read {what}: {reason}")]
     Read { what: &'static str, reason: String },
 
+    /// The copy was not made, and nothing is left of it.
+    #[error("cannot make a checkpoint in '{}': {reason}", path.display())]
+    Checkpoint { path: PathBuf, reason: String },
+
     /// The round is not on disk, and never will be.
     #[error("round {round} is not on disk: {reason}")]
     RoundFailed { round: Round, reason: String },

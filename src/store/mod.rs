@@ -26,7 +26,9 @@
 //! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets), `notes`. RocksDB and its
 //! options: `rocks`. Paged-out records: `pages`. Reading back: `read`, `notes`. Giving disk space back: `sweep`. The
 //! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`; failures: `resume`; free space: `space`.
+//! Copies of a store in use: `checkpoint`.
 
+mod checkpoint;
 mod commit;
 mod error;
 mod key;
@@ -44,7 +46,7 @@ mod sweep;
 mod tests;
 mod watermark;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -52,10 +54,12 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+pub use checkpoint::Checkpoint;
 pub use commit::AtomicSection;
 pub use error::StoreError;
 pub use round::RoundBuilder;
 
+use checkpoint::Checkpoints;
 use commit::Committer;
 use rocks::Rocks;
 use round::Operation;
@@ -217,6 +221,7 @@ pub struct Store {
     rocks: Arc<Rocks>,
     queue_ids: Mutex<QueueIds>,
     threads: Mutex<Threads>,
+    checkpoints: Checkpoints,
 }
 
 struct QueueIds {
@@ -242,11 +247,18 @@ impl Store {
     /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], or [`StoreError::Open`] with what RocksDB says.
     pub fn open(options: StoreOptions) -> Result<(Arc<Store>, Recovered), StoreError> {
         let rocks = Arc::new(Rocks::open(&options)?);
+        checkpoint::remove_leftovers(&options.path);
         let recovered = recovery::recover(&rocks, options.durability)?;
         let next = recovered.next_queue_id;
         let committer = Arc::new(Committer::new(Arc::clone(&rocks), options));
         let queue_ids = Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK });
-        let store = Arc::new(Store { committer, rocks, queue_ids, threads: Mutex::default() });
+        let store = Arc::new(Store {
+            committer,
+            rocks,
+            queue_ids,
+            threads: Mutex::default(),
+            checkpoints: Checkpoints::default(),
+        });
         store.start().map_err(|error| store.rocks.open_error(error))?;
         Ok((store, recovered))
     }
@@ -453,6 +465,11 @@ impl Store {
         self.committer.space.listen(listener);
     }
 
+    /// The data directory.
+    pub fn path(&self) -> &Path {
+        self.rocks.path()
+    }
+
     pub fn stats(&self) -> StoreStats {
         self.committer.stats()
     }
@@ -474,6 +491,7 @@ impl Store {
 
     fn stop(&self, commit: bool) -> Result<(), StoreError> {
         let Threads { commit: commit_thread, read, sweep } = std::mem::take(&mut *self.threads.lock());
+        self.checkpoints.stop();
         self.committer.stop(commit);
         commit_thread.into_iter().for_each(join);
         if let Some((jobs, thread)) = read {

@@ -38,7 +38,7 @@ const MIN_NOTE_BLOB_BYTES: u64 = 16 * 1024;
 const BLOB_FILE_BYTES: u64 = 64 * 1024 * 1024;
 
 /// WAL files kept for reuse. One is open, and a flush frees them one or two at a time.
-const RECYCLED_WALS: usize = 4;
+pub(super) const RECYCLED_WALS: usize = 4;
 
 /// Memtables of a family that is written much: one that fills and one that is flushed. When both are full the commit thread
 /// waits, and with it publishers, which is better than memory that grows or RocksDB's guess at a rate.

@@ -13,6 +13,7 @@ mod compatibility;
 mod confirm;
 mod connection;
 mod consume;
+mod control;
 mod deduplication;
 mod delayed;
 mod disk;

@@ -122,6 +122,10 @@ impl TestBroker {
         self.server().addresses()[0]
     }
 
+    pub fn data_dir(&self) -> &std::path::Path {
+        &self.config.data_dir
+    }
+
     /// Bytes of all files in the data directory.
     pub fn data_bytes(&self) -> u64 {
         fn bytes(directory: &std::path::Path) -> u64 {
