@@ -1,5 +1,6 @@
 //! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
 
+mod damage;
 mod failing;
 mod model;
 mod notes;
