@@ -14,6 +14,7 @@ DATA_DIR ?= $(or $(XDG_DATA_HOME),$(HOME)/.local/share)/leveret
 CRASH_ROUNDS ?= 200
 CRASH_FEATURE_ROUNDS ?= 50
 FUZZ_SECONDS ?= 600
+DAMAGE_ROUNDS ?= 1000
 ARGS ?=
 PEERS ?=
 
@@ -88,6 +89,10 @@ interop: build python-deps ## Stock clients against a fresh broker (or against A
 crash-test: deps ## Kill the broker under load, again and again (CRASH_ROUNDS=200, CRASH_FEATURE_ROUNDS=50)
 	CRASH_ROUNDS=$(CRASH_ROUNDS) cargo test $(CARGO_FLAGS) --test crash -- --nocapture
 	CRASH_FEATURE_ROUNDS=$(CRASH_FEATURE_ROUNDS) cargo test $(CARGO_FLAGS) --test crash_features -- --nocapture
+
+.PHONY: damage
+damage: deps ## Damage the files of a data directory, again and again (DAMAGE_ROUNDS=1000)
+	DAMAGE_ROUNDS=$(DAMAGE_ROUNDS) cargo test $(CARGO_FLAGS) --test damage -- --nocapture
 
 .PHONY: scale
 scale: deps ## Millions of messages with priorities, groups, delays, and in streams: order, rates, lateness, memory
