@@ -16,6 +16,7 @@ CRASH_FEATURE_ROUNDS ?= 50
 POWER_CUTS ?= 200
 SOAK_SECONDS ?= 3600
 FUZZ_SECONDS ?= 600
+DAMAGE_ROUNDS ?= 1000
 ARGS ?=
 PEERS ?=
 
@@ -108,6 +109,10 @@ power-cut: deps ## Power cuts under load: the broker is killed, and what it had 
 .PHONY: soak
 soak: deps ## An hour of mixed load: counts, memory, disk and log at its end (SOAK_SECONDS=3600)
 	SOAK_SECONDS=$(SOAK_SECONDS) cargo test $(CARGO_FLAGS) --test soak -- --nocapture
+
+.PHONY: damage
+damage: deps ## Damage the files of a data directory, again and again (DAMAGE_ROUNDS=1000)
+	DAMAGE_ROUNDS=$(DAMAGE_ROUNDS) cargo test $(CARGO_FLAGS) --test damage -- --nocapture
 
 .PHONY: scale
 scale: deps ## Millions of messages: rules of queues, streams, backlogs, starts, disk: order, rates, memory (an hour)

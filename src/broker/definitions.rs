@@ -5,6 +5,8 @@
 //! keeps something, to be deleted at the next start. Strings and tables carry their length as `u32`, big-endian; tables are
 //! in AMQP's own encoding, policies in JSON.
 
+use std::collections::HashMap;
+
 use amq_protocol::{
     frame::WriteContext,
     types::{FieldTable, generation::gen_field_table, parsing::parse_field_table},
@@ -15,6 +17,7 @@ use super::{
     exchange::{Exchange, ExchangeKind, ExchangeOptions},
     policy::{Policy, PolicyKind},
     queue::QueueOptions,
+    rules::QueueTraits,
 };
 use crate::{model::Name, store::QueueId};
 
@@ -194,6 +197,28 @@ pub fn policy_key(vhost: &str, kind: PolicyKind, name: &str) -> Vec<u8> {
 /// Value of a policy.
 pub fn policy_value(policy: &Policy) -> Vec<u8> {
     Writer::value().bytes(policy.to_json().to_string().as_bytes()).0
+}
+
+/// What the logs and notes of queues and exchanges belong to, by the definitions as the store keeps them.
+pub fn log_names(definitions: &[(Vec<u8>, Vec<u8>)]) -> HashMap<QueueId, String> {
+    let mut names = HashMap::new();
+    for (key, value) in definitions {
+        match decode(key, value) {
+            Ok(Definition::Queue { id, options }) => {
+                let levels = QueueTraits::of(&options.arguments).max_priority;
+                let queue = format!("queue '{}' in vhost '{}'", options.name, options.vhost);
+                for level in 0..=levels {
+                    let of_level = if levels == 0 { String::new() } else { format!(", priority {level}") };
+                    names.insert(QueueId(id.0 + u64::from(level)), format!("{queue}{of_level}"));
+                }
+            }
+            Ok(Definition::Exchange { vhost, exchange, state: Some(id) }) => {
+                names.insert(id, format!("exchange '{}' in vhost '{vhost}'", exchange.name));
+            }
+            _ => {}
+        }
+    }
+    names
 }
 
 /// Reads a definition back.

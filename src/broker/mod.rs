@@ -43,6 +43,7 @@ use dashmap::DashMap;
 
 pub use self::{
     alarm::{Alarm, Alarms},
+    definitions::log_names,
     error::BrokerError,
     events::{EVENT_EXCHANGE, EventProperties, Events},
     memory::MemoryBudget,

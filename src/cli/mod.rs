@@ -1,7 +1,9 @@
 //! The command line: which subcommand, its exit code, and one clear line when something is wrong.
 //!
-//! Exit codes: 0 done, 1 it failed while running, 2 the command line or the configuration is wrong.
+//! Exit codes: 0 done, 1 it failed while running, 2 the command line or the configuration is wrong. Of `check`: 0 no damage
+//! (or repaired), 1 damage, 2 neither can be said.
 
+mod check;
 mod ctl;
 pub mod perf;
 mod ping;
@@ -31,6 +33,7 @@ Examples:
   leveret --config /etc/leveret/leveret.toml      settings and users from a file
   LEVERET_LOG=debug leveret                       every flag has a variable, too
   leveret check-config --config leveret.toml      is this file valid?
+  leveret check --data-dir /var/lib/leveret       is anything in there damaged?
   leveret ping                                    does a broker answer on port 5672?
   leveret ctl status                              how is the broker on ./leveret-data?
   leveret ctl checkpoint /backup/leveret          copy it while it runs
@@ -62,6 +65,8 @@ enum Command {
     Serve(Flags),
     /// Say whether the configuration is valid, without running a broker
     CheckConfig(Flags),
+    /// Verify a data directory that no broker uses, and repair it with --repair
+    Check(check::CheckArgs),
     /// Say whether a broker answers: exit code 0 if it does, 1 if not
     Ping(ping::PingArgs),
     /// Ask a running broker on this machine how it is, or for a backup
@@ -78,7 +83,7 @@ const RUNTIME_SHUTDOWN: Duration = Duration::from_secs(1);
 pub fn main() -> ExitCode {
     let cli = Cli::parse(); // leaves the program for --help, --version and usage errors (exit code 2)
     match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             eprintln!("leveret: {}", one_line(failure.error.as_ref()));
             ExitCode::from(failure.code)
@@ -102,8 +107,9 @@ impl Failure {
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
-    match cli.command {
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    let done = match cli.command {
+        Some(Command::Check(args)) => return check::run(&args),
         None => serve(&cli.flags),
         Some(Command::Serve(flags)) => serve(&flags),
         Some(Command::CheckConfig(flags)) => check_config(&flags),
@@ -113,7 +119,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
             _ => Failure::running(error),
         }),
         Some(Command::Perf(args)) => perf::run(args).map_err(Failure::running),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn serve(flags: &Flags) -> Result<(), Failure> {

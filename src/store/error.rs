@@ -24,6 +24,14 @@ pub enum StoreError {
     )]
     UnknownFormat { path: PathBuf, found: u64, known: u64 },
 
+    /// Files of it are damaged in a way that a repair has to deal with before anything is written. Nothing was changed.
+    #[error(
+        "data directory '{0}' is damaged: {reason}. 'leveret check --data-dir {0}' says what that means, \
+         'leveret check --repair --data-dir {0}' repairs it",
+        path.display()
+    )]
+    Damaged { path: PathBuf, reason: String },
+
     /// The directory cannot be opened, for want of permission or space or because it is damaged.
     #[error("data directory '{}' cannot be opened: {reason}", path.display())]
     Open { path: PathBuf, reason: String },

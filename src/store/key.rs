@@ -4,6 +4,7 @@
 //! |------------|---------------------------------------|--------------------------------------------------|
 //! | `meta`     | 0x00 and a name                       | the store's own records: format, reserved ids    |
 //! | `meta`     | 0x01 and the definition's key         | the definition, see [`recovery`](super::recovery) |
+//! | `meta_copy`| as `meta`                             | as `meta`: it is written twice, always together  |
 //! | `log`      | queue id, position of the first record| a run of records, see [`run`](super::run)        |
 //! | `state`    | queue id                              | see [`recovery`](super::recovery)                |
 //! | `consumed` | queue id, segment                     | the segment's consumed ranges, see [`recovery`](super::recovery) |
@@ -16,6 +17,7 @@ use super::{QueueId, QueueSeq};
 
 /// The names of the column families. `default` exists because RocksDB wants it, and is empty.
 pub(super) const META: &str = "meta";
+pub(super) const META_COPY: &str = "meta_copy";
 pub(super) const LOG: &str = "log";
 pub(super) const STATE: &str = "state";
 pub(super) const CONSUMED: &str = "consumed";

@@ -27,11 +27,15 @@
 //! options: `rocks`. Paged-out records: `pages`. Reading back: `read`, `notes`. Giving disk space back: `sweep`. The
 //! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`; failures: `resume`; free space: `space`.
 //! Copies of a store in use: `checkpoint`.
+//! Damaged files: `damage`, `mirror`. One broker a directory: `lock`.
 
 mod checkpoint;
 mod commit;
+mod damage;
 mod error;
 mod key;
+mod lock;
+mod mirror;
 mod notes;
 mod pages;
 mod read;
@@ -56,11 +60,13 @@ use parking_lot::Mutex;
 
 pub use checkpoint::Checkpoint;
 pub use commit::AtomicSection;
+pub use damage::{DamageReport, Finding, Loss, QueueLoss, check, repair};
 pub use error::StoreError;
 pub use round::RoundBuilder;
 
 use checkpoint::Checkpoints;
 use commit::Committer;
+use lock::DirectoryLock;
 use rocks::Rocks;
 use round::Operation;
 use watermark::run_guarded;
@@ -198,6 +204,8 @@ pub struct Recovered {
     pub states: Vec<(QueueId, QueueStateRecord)>,
     /// The first id that [`Store::allocate_queue_id`] will answer.
     pub next_queue_id: u64,
+    /// What this start found damaged and healed.
+    pub healed: Vec<DamageReport>,
 }
 
 /// Counters since the store was opened.
@@ -222,6 +230,10 @@ pub struct Store {
     queue_ids: Mutex<QueueIds>,
     threads: Mutex<Threads>,
     checkpoints: Checkpoints,
+    /// Given up when the store is closed.
+    lock: Mutex<Option<DirectoryLock>>,
+    /// For the thread that verifies them.
+    unverified: Mutex<damage::Unverified>,
 }
 
 struct QueueIds {
@@ -238,17 +250,26 @@ struct Threads {
     /// Reads for queues that must not wait for the disk.
     read: Option<(mpsc::Sender<ReadJob>, JoinHandle<()>)>,
     sweep: Option<JoinHandle<()>>,
+    mirror: Option<JoinHandle<()>>,
 }
 
 impl Store {
     /// Opens a data directory, creating what is missing, and starts the store's threads.
     ///
     /// # Errors
-    /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], or [`StoreError::Open`] with what RocksDB says.
+    /// [`StoreError::InUse`], [`StoreError::UnknownFormat`], [`StoreError::Damaged`], or [`StoreError::Open`] with what
+    /// RocksDB says.
     pub fn open(options: StoreOptions) -> Result<(Arc<Store>, Recovered), StoreError> {
+        let path = &options.path;
+        let failed = |error: std::io::Error| StoreError::Open { path: path.clone(), reason: error.to_string() };
+        std::fs::create_dir_all(path).map_err(failed)?;
+        let lock = Mutex::new(Some(DirectoryLock::take(path)?));
+        let (healed, unverified) = damage::before_open(path)?;
         let rocks = Arc::new(Rocks::open(&options)?);
         checkpoint::remove_leftovers(&options.path);
-        let recovered = recovery::recover(&rocks, options.durability)?;
+        damage::after_open(&options.path, &rocks)?;
+        let recovered = Recovered { healed, ..recovery::recover(&rocks, options.durability)? };
+        rocks.begin_mirror();
         let next = recovered.next_queue_id;
         let committer = Arc::new(Committer::new(Arc::clone(&rocks), options));
         let queue_ids = Mutex::new(QueueIds { next, reserved: next + recovery::ID_BLOCK });
@@ -258,6 +279,8 @@ impl Store {
             queue_ids,
             threads: Mutex::default(),
             checkpoints: Checkpoints::default(),
+            lock,
+            unverified: Mutex::new(unverified),
         });
         store.start().map_err(|error| store.rocks.open_error(error))?;
         Ok((store, recovered))
@@ -272,6 +295,8 @@ impl Store {
         threads.read = Some((jobs, spawn("store-reader", read)?));
         let rocks = Arc::clone(&self.rocks);
         threads.sweep = Some(spawn("store-sweep", move || rocks.sweep_deleted())?);
+        let (rocks, unverified) = (Arc::clone(&self.rocks), std::mem::take(&mut *self.unverified.lock()));
+        threads.mirror = Some(spawn("store-mirror", move || rocks.keep_mirror(&unverified))?);
         Ok(())
     }
 
@@ -490,7 +515,7 @@ impl Store {
     }
 
     fn stop(&self, commit: bool) -> Result<(), StoreError> {
-        let Threads { commit: commit_thread, read, sweep } = std::mem::take(&mut *self.threads.lock());
+        let Threads { commit: commit_thread, read, sweep, mirror } = std::mem::take(&mut *self.threads.lock());
         self.checkpoints.stop();
         self.committer.stop(commit);
         commit_thread.into_iter().for_each(join);
@@ -500,9 +525,16 @@ impl Store {
         }
         self.rocks.stop_sweeping();
         sweep.into_iter().for_each(join);
+        self.rocks.mirror().stop();
+        if let Some(thread) = mirror {
+            join(thread);
+            self.rocks.renew_mirror(&mut false);
+        }
         let round = self.watermark();
         let failed = |reason| StoreError::RoundFailed { round, reason };
-        self.rocks.close().map_err(|error| failed(error.into_string()))?;
+        let closed = self.rocks.close().map_err(|error| failed(error.into_string()));
+        self.lock.lock().take();
+        closed?;
         match self.has_failed() {
             Some(reason) if reason != StoreError::Closed.to_string() => Err(failed(reason)),
             _ => Ok(()),

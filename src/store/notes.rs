@@ -48,6 +48,11 @@ fn decode_note<'a>(key: &[u8], stored: &'a [u8]) -> Option<&'a [u8]> {
     (version == NOTE_VERSION && intact).then_some(value)
 }
 
+/// Whether a stored note is what was written under this whole key.
+pub(super) fn is_intact(key: &[u8], stored: &[u8]) -> bool {
+    decode_note(key, stored).is_some()
+}
+
 /// Which owners may have notes. Only the commit thread asks and tells.
 #[derive(Default)]
 pub(super) struct NoteOwners {
@@ -183,6 +188,7 @@ impl Rocks {
 
     fn report_damaged_note(&self, owner: QueueId, key: &[u8], reason: &str) {
         self.count_damage();
+        self.note_unreadable_note(owner, key);
         tracing::error!(
             owner = owner.0,
             key = %key.escape_ascii(),

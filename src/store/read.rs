@@ -296,6 +296,7 @@ impl<'a> Cursor<'a> {
 
     fn report_unreadable(&self, from: QueueSeq, until: QueueSeq, error: &rocksdb::Error) {
         self.rocks.count_damage();
+        self.rocks.note_unreadable(self.stretch.queue, from, until);
         tracing::error!(
             queue = self.stretch.queue.0,
             position = from,

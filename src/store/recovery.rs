@@ -9,17 +9,20 @@
 //! - consumed: version, CRC-32C over queue id, segment and the rest, then for each range the distance from the end
 //!   of the one before (the first from the segment's start) and the length (varints).
 
-use rocksdb::{ErrorKind, IteratorMode, WriteBatch, WriteOptions};
+use std::collections::{BTreeMap, HashSet};
 
+use rocksdb::{ColumnFamily, DB, ErrorKind, IteratorMode, WriteBatch, WriteOptions};
+
+use super::read::first_placed;
 use super::rocks::Rocks;
 use super::round::Families;
 use super::run::{put_varint, take_varint};
-use super::{Durability, QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, key};
+use super::{Durability, QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_RECORDS, StoreError, damage, key};
 
 /// The layout this module reads and writes.
 ///
-/// 2 added the family `notes`. A directory of format 1 is taken over as it is.
-pub(super) const FORMAT: u64 = 2;
+/// 2 added the family `notes`, 3 `meta_copy`. A directory of an earlier format is taken over as it is.
+pub(super) const FORMAT: u64 = 3;
 
 /// The oldest layout that can be taken over.
 const OLDEST_FORMAT: u64 = 1;
@@ -45,19 +48,27 @@ pub(super) fn recover(rocks: &Rocks, durability: Durability) -> Result<Recovered
     let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
     let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
     rocks.note_owners().opened(next_queue_id, rocks.has_any_notes()?);
-    reserve(rocks, found != Some(FORMAT), next_queue_id + ID_BLOCK, durability)?;
-    Ok(Recovered { definitions, damaged_definitions, states, next_queue_id })
+    reserve(rocks, found, next_queue_id + ID_BLOCK, durability)?;
+    Ok(Recovered { definitions, damaged_definitions, states, next_queue_id, healed: Vec::new() })
 }
 
 /// Synced where anything is: what stands at the beginning of the WAL must not be in doubt when a later sync fails.
-fn reserve(rocks: &Rocks, new_format: bool, until: u64, durability: Durability) -> Result<(), StoreError> {
+fn reserve(rocks: &Rocks, found: Option<u64>, until: u64, durability: Durability) -> Result<(), StoreError> {
     rocks.with(|db| {
         let families = Families::of(db)?;
         let mut batch = WriteBatch::default();
-        if new_format {
-            batch.put_cf(families.meta, key::FORMAT_KEY, FORMAT.to_be_bytes());
+        if found != Some(FORMAT) {
+            for entry in db.iterator_cf(families.meta, IteratorMode::Start) {
+                let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
+                batch.put_cf(families.meta_copy, key, value);
+            }
         }
-        batch.put_cf(families.meta, key::RESERVED_IDS_KEY, until.to_be_bytes());
+        for family in [families.meta, families.meta_copy] {
+            if found != Some(FORMAT) {
+                batch.put_cf(family, key::FORMAT_KEY, FORMAT.to_be_bytes());
+            }
+            batch.put_cf(family, key::RESERVED_IDS_KEY, until.to_be_bytes());
+        }
         let mut options = WriteOptions::default();
         options.set_sync(durability == Durability::Fsync);
         db.write_opt(batch, &options).map_err(|error| rocks.open_error(error))
@@ -66,57 +77,131 @@ fn reserve(rocks: &Rocks, new_format: bool, until: u64, durability: Durability) 
 
 fn read_number(rocks: &Rocks, name: &[u8]) -> Result<Option<u64>, StoreError> {
     rocks.with(|db| {
-        let value = db.get_pinned_cf(Families::of(db)?.meta, name).map_err(|error| rocks.open_error(error))?;
-        let Some(value) = value else { return Ok(None) };
-        let Ok(bytes) = <[u8; 8]>::try_from(&*value) else {
-            return Err(rocks.open_error("its own records in 'meta' are damaged"));
+        let families = Families::of(db)?;
+        let number = |family| match db.get_pinned_cf(family, name) {
+            Ok(None) => Ok(None),
+            Ok(Some(value)) => match <[u8; 8]>::try_from(&*value) {
+                Ok(bytes) => Ok(Some(u64::from_be_bytes(bytes))),
+                Err(_) => Err(rocks.open_error("its own records in 'meta' are damaged")),
+            },
+            Err(error) => Err(rocks.open_error(error)),
         };
-        Ok(Some(u64::from_be_bytes(bytes)))
+        number(families.meta).or_else(|error| number(families.meta_copy)?.map_or(Err(error), |found| Ok(Some(found))))
     })
 }
 
 /// Keys and values.
 type Definitions = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// The definitions, and how many there are beside them that are damaged.
+/// The definitions, and how many there are beside them that are damaged. The copy is read only if there are any.
 fn read_definitions(rocks: &Rocks) -> Result<(Definitions, u64), StoreError> {
     rocks.with(|db| {
-        let from = [key::DEFINITION_PREFIX];
-        let mode = IteratorMode::From(&from, rocksdb::Direction::Forward);
-        let (mut definitions, mut damaged) = (Vec::new(), 0);
-        for entry in db.iterator_cf(Families::of(db)?.meta, mode) {
-            let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
-            let Some((&key::DEFINITION_PREFIX, key)) = key.split_first() else { continue };
-            match open(&value, DEFINITION_VERSION, key) {
-                Some(value) => definitions.push((key.to_vec(), value.to_vec())),
-                None => {
-                    damaged += 1;
-                    rocks.count_damage();
-                    tracing::error!(key = %key.escape_ascii(), "a definition is damaged and was skipped");
-                }
-            }
+        let families = Families::of(db)?;
+        let own = read_copy(rocks, db, families.meta)?;
+        if own.damaged.is_empty() && own.is_complete {
+            return Ok((own.intact.into_iter().collect(), 0));
         }
-        Ok((definitions, damaged))
+        let mut copy = read_copy(rocks, db, families.meta_copy)?;
+        let mut definitions = own.intact;
+        let of_own = own.damaged.iter().filter_map(|key| Some((key.clone(), copy.intact.remove(key)?)));
+        definitions.extend(of_own.collect::<Vec<_>>());
+        if !own.is_complete {
+            definitions.extend(copy.intact); // what the first has behind the place where it cannot be read
+        }
+        let mut lost: Vec<_> = own.damaged.into_iter().chain(copy.damaged).collect();
+        lost.sort_unstable();
+        lost.dedup();
+        lost.retain(|key| !definitions.contains_key(key));
+        for key in &lost {
+            tracing::error!(key = %key.escape_ascii(), "a definition is damaged in both copies and was skipped");
+        }
+        let unknown = u64::from(!own.is_complete && !copy.is_complete);
+        Ok((definitions.into_iter().collect(), lost.len() as u64 + unknown))
     })
 }
 
-fn read_states(rocks: &Rocks) -> Result<Vec<(QueueId, QueueStateRecord)>, StoreError> {
-    let (mut states, mut damaged) = (Vec::new(), Vec::new());
-    rocks.with(|db| {
-        for entry in db.iterator_cf(Families::of(db)?.state, IteratorMode::Start) {
-            let (key, value) = entry.map_err(|error| rocks.open_error(error))?;
-            let Some(queue) = key::parse_queue(&key) else {
-                tracing::error!(key = ?key, "a record in 'state' belongs to no queue; it is ignored");
+struct DefinitionsRead {
+    intact: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Keys whose values are not what was written.
+    damaged: Vec<Vec<u8>>,
+    /// Nothing was in the way of reading all of them.
+    is_complete: bool,
+}
+
+fn read_copy(rocks: &Rocks, db: &DB, family: &ColumnFamily) -> Result<DefinitionsRead, StoreError> {
+    let mut read = DefinitionsRead { intact: BTreeMap::new(), damaged: Vec::new(), is_complete: true };
+    let from = [key::DEFINITION_PREFIX];
+    for entry in db.iterator_cf(family, IteratorMode::From(&from, rocksdb::Direction::Forward)) {
+        let (key, value) = match entry {
+            Ok(entry) => entry,
+            Err(error) if is_damage(&error) => {
                 rocks.count_damage();
-                continue;
-            };
-            match decode_state(queue, &value) {
-                Some(state) => states.push((queue, state)),
-                None => damaged.push(queue),
+                tracing::error!(%error, "definitions cannot be read to the end");
+                read.is_complete = false;
+                break;
+            }
+            Err(error) => return Err(rocks.open_error(error)),
+        };
+        let Some((&key::DEFINITION_PREFIX, key)) = key.split_first() else { continue };
+        match open(&value, DEFINITION_VERSION, key) {
+            Some(value) => drop(read.intact.insert(key.to_vec(), value.to_vec())),
+            None => {
+                rocks.count_damage();
+                read.damaged.push(key.to_vec());
             }
         }
-        Ok(())
+    }
+    Ok(read)
+}
+
+pub(super) fn read_states(rocks: &Rocks) -> Result<Vec<(QueueId, QueueStateRecord)>, StoreError> {
+    let (mut states, mut damaged) = (Vec::new(), Vec::new());
+    let mut skipped = false;
+    rocks.with(|db| {
+        let family = Families::of(db)?.state;
+        let mut records = db.raw_iterator_cf(family);
+        records.seek_to_first();
+        let mut last = 0;
+        loop {
+            while let Some((key, value)) = records.item() {
+                match key::parse_queue(key) {
+                    Some(queue) => {
+                        last = queue.0;
+                        match decode_state(queue, value) {
+                            Some(state) => states.push((queue, state)),
+                            None => damaged.push(queue),
+                        }
+                    }
+                    None => {
+                        tracing::error!(?key, "a record in 'state' belongs to no queue; it is ignored");
+                        rocks.count_damage();
+                    }
+                }
+                records.next();
+            }
+            match records.status() {
+                Ok(()) => return Ok(()),
+                Err(error) if is_damage(&error) => {
+                    rocks.count_damage();
+                    tracing::error!(%error, behind = last, "states of queues cannot be read and were skipped");
+                    let place = |queue: u128| {
+                        let mut iterator = db.raw_iterator_cf(family);
+                        iterator.seek(key::queue(QueueId(u64::try_from(queue).unwrap_or(u64::MAX))));
+                        iterator.status().is_ok().then_some(iterator)
+                    };
+                    skipped = true;
+                    let Some((_, readable)) = first_placed(last.into(), u64::MAX.into(), place) else { return Ok(()) };
+                    records = readable;
+                }
+                Err(error) => return Err(rocks.open_error(error)),
+            }
+        }
     })?;
+    if skipped {
+        // A queue without a state would give out its positions again.
+        let known: HashSet<_> = states.iter().map(|(queue, _)| *queue).chain(damaged.iter().copied()).collect();
+        damaged.extend(damage::log_owners(rocks)?.into_iter().filter(|queue| !known.contains(queue)));
+    }
     for queue in damaged {
         rocks.count_damage();
         let state = rebuild_state(rocks, queue)?;
@@ -133,7 +218,7 @@ fn read_states(rocks: &Rocks) -> Result<Vec<(QueueId, QueueStateRecord)>, StoreE
 
 /// What a log without a state record amounts to. Errs towards delivering again: what was consumed of the first
 /// segment comes back, and everything counts as delivered before. Sizes are those of the records.
-fn rebuild_state(rocks: &Rocks, queue: QueueId) -> Result<QueueStateRecord, StoreError> {
+pub(super) fn rebuild_state(rocks: &Rocks, queue: QueueId) -> Result<QueueStateRecord, StoreError> {
     let consumed = rocks.read_consumed(queue)?;
     let mut state = QueueStateRecord::default();
     let mut first = None;
@@ -155,11 +240,14 @@ fn rebuild_state(rocks: &Rocks, queue: QueueId) -> Result<QueueStateRecord, Stor
     Ok(state)
 }
 
-/// Whether a read failed because of what is on the disk, and will fail again.
+/// Whether a read failed because of what is (or is not) on the disk, and will fail again.
 pub(super) fn is_damage(error: &rocksdb::Error) -> bool {
     match error.kind() {
         ErrorKind::Corruption => true,
-        ErrorKind::IOError => error.as_ref().contains("Input/output error"),
+        ErrorKind::IOError => {
+            let text = error.as_ref();
+            text.contains("Input/output error") || text.contains("No such file")
+        }
         _ => false,
     }
 }
@@ -181,7 +269,7 @@ pub(super) fn encode_state(queue: QueueId, state: &QueueStateRecord) -> Vec<u8> 
     seal(value, &key::queue(queue))
 }
 
-fn decode_state(queue: QueueId, value: &[u8]) -> Option<QueueStateRecord> {
+pub(super) fn decode_state(queue: QueueId, value: &[u8]) -> Option<QueueStateRecord> {
     let mut rest = open(value, STATE_VERSION, &key::queue(queue))?;
     let head = take_varint(&mut rest)?;
     let state = QueueStateRecord {
@@ -222,6 +310,19 @@ pub(super) fn decode_consumed(
     }
     ranges.extend(decoded);
     Some(())
+}
+
+/// Whether a value of `meta`, `state` or `consumed` is what was written under this key.
+pub(super) fn is_intact(family: &str, key: &[u8], value: &[u8]) -> bool {
+    match (family, key.split_first()) {
+        (key::META | key::META_COPY, Some((&key::DEFINITION_PREFIX, key))) => {
+            open(value, DEFINITION_VERSION, key).is_some()
+        }
+        (key::STATE, _) => key::parse_queue(key).is_some_and(|queue| decode_state(queue, value).is_some()),
+        (key::CONSUMED, _) => key::parse_numbered(key)
+            .is_some_and(|(queue, segment)| decode_consumed(queue, segment, value, &mut Vec::new()).is_some()),
+        _ => false,
+    }
 }
 
 /// A version byte and room for the checksum.

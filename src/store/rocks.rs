@@ -15,18 +15,20 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, InfoLogger, LogLevel,
     Options, WriteBufferManager, WriteOptions,
 };
 
+use super::mirror::Mirror;
 use super::notes::NoteOwners;
 use super::pages::Pages;
 use super::read::last_run_before;
+use super::recovery::is_damage;
 use super::round::{Families, RoundBuilder};
 use super::sweep::Sweeper;
-use super::{Durability, StoreError, StoreOptions, key};
+use super::{Durability, QueueId, QueueSeq, StoreError, StoreOptions, key};
 
 /// Runs of at least this size are kept apart from their keys.
 const MIN_BLOB_BYTES: u64 = 1024;
@@ -47,6 +49,9 @@ const MEMTABLES: i32 = 2;
 /// Table and blob files that are kept open.
 const OPEN_FILES: i32 = 128;
 
+/// Unreadable stretches that are remembered one by one.
+const MAX_UNREADABLE: usize = 100_000;
+
 /// What the `rocksdb` crate has no functions for.
 const UNBOUND_OPTIONS: &str = "avoid_flush_during_shutdown=true";
 
@@ -57,7 +62,14 @@ pub(super) struct Rocks {
     pages: Pages,
     note_owners: NoteOwners,
     sweeper: Sweeper,
+    mirror: Mirror,
     damaged: AtomicU64,
+    /// Positions that reads have skipped because they cannot be read, up to [`MAX_UNREADABLE`].
+    unreadable: Mutex<Vec<(QueueId, QueueSeq, QueueSeq)>>,
+    /// As `unreadable`, owners and keys of notes.
+    unreadable_notes: Mutex<Vec<(QueueId, Vec<u8>)>>,
+    /// The last sequence number that is known to be synced.
+    synced: AtomicU64,
     /// Something was written that was not synced since.
     unsynced: AtomicBool,
     closed: AtomicBool,
@@ -99,6 +111,19 @@ impl Rocks {
     /// # Errors
     /// [`StoreError::InUse`] or [`StoreError::Open`].
     pub fn open(options: &StoreOptions) -> Result<Rocks, StoreError> {
+        Rocks::open_for(options, &[])
+    }
+
+    /// Opens the database of a directory whose tables may have blocks taken out, which compaction would take for damage.
+    ///
+    /// # Errors
+    /// As [`Rocks::open`].
+    pub fn open_to_repair(path: &Path) -> Result<Rocks, StoreError> {
+        let options = StoreOptions { path: path.to_owned(), ..StoreOptions::default() };
+        Rocks::open_for(&options, &["compaction_verify_record_count=false"])
+    }
+
+    fn open_for(options: &StoreOptions, extra: &[&str]) -> Result<Rocks, StoreError> {
         let path = options.path.clone();
         let failed = |error: rocksdb::Error| open_error(&path, error);
         if !path.join("CURRENT").exists() {
@@ -107,20 +132,24 @@ impl Rocks {
         }
         let cache = Cache::new_lru_cache(options.block_cache_bytes);
         let buffers = WriteBufferManager::new_write_buffer_manager(options.write_buffer_bytes, false);
-        let mut base = database_options(&buffers).map_err(failed)?;
+        let mut base = database_options(&buffers, extra).map_err(failed)?;
         log_options(&mut base, options);
         let (known, unknown) = (known_families(options, &cache), small_family(options, &cache));
         let opener = Opener { path: path.clone(), base, known, unknown };
         let db = opener.open().map_err(failed)?;
-        let pages_base = database_options(&buffers).map_err(failed)?;
+        let pages_base = database_options(&buffers, &[]).map_err(failed)?;
         let pages = Pages::new(&path, pages_base, log_family(options, &cache), options.retry);
         Ok(Rocks {
+            mirror: Mirror::new(&path),
             opener,
             db: RwLock::new(Some(db)),
             pages,
             note_owners: NoteOwners::default(),
             sweeper: Sweeper::default(),
             damaged: AtomicU64::new(0),
+            unreadable: Mutex::default(),
+            unreadable_notes: Mutex::default(),
+            synced: AtomicU64::new(0),
             // What is reserved at open is synced in a store that syncs.
             unsynced: AtomicBool::new(options.durability == Durability::Os),
             closed: AtomicBool::new(false),
@@ -190,8 +219,12 @@ impl Rocks {
         if !batch.is_empty() {
             let mut options = WriteOptions::default();
             options.set_sync(sync);
-            db.write_opt(batch, &options).map_err(|error| format!("writing and syncing the log: {error}"))?;
+            db.write_opt(batch, &options).map_err(|error| self.write_failure(&error))?;
             self.unsynced.store(!sync, Ordering::Relaxed);
+            self.mirror.wrote(round.tails());
+            if sync {
+                self.synced.store(db.latest_sequence_number(), Ordering::Relaxed);
+            }
         }
         self.note_owners.wrote(round);
         self.sweeper.note(round.deleted_records());
@@ -237,6 +270,59 @@ impl Rocks {
         self.pages.close();
         db.cancel_all_background_work(true);
         synced
+    }
+
+    /// What a failed write means to whoever reads the log.
+    fn write_failure(&self, error: &rocksdb::Error) -> String {
+        let path = self.path().display();
+        let way_out = match is_damage(error) {
+            true => format!("; stop the broker and run 'leveret check --repair --data-dir {path}'"),
+            false => String::new(),
+        };
+        format!("writing and syncing the log: {error}{way_out}")
+    }
+
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    /// The last sequence number that is known to be synced; 0 if none was since the database was opened.
+    pub fn synced(&self) -> u64 {
+        self.synced.load(Ordering::Relaxed)
+    }
+
+    /// Syncs what was written without.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`] with what RocksDB says.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        self.with(|db| db.flush_wal(true).map_err(|error| self.open_error(error)))
+    }
+
+    /// Remembers positions that a read had to skip.
+    pub fn note_unreadable(&self, queue: QueueId, from: QueueSeq, until: QueueSeq) {
+        let mut unreadable = self.unreadable.lock();
+        if unreadable.len() < MAX_UNREADABLE {
+            unreadable.push((queue, from, until));
+        }
+    }
+
+    /// Remembers a note that a read had to skip, or behind which it had to.
+    pub fn note_unreadable_note(&self, owner: QueueId, key: &[u8]) {
+        let mut unreadable = self.unreadable_notes.lock();
+        if unreadable.len() < MAX_UNREADABLE {
+            unreadable.push((owner, key.to_vec()));
+        }
+    }
+
+    /// What [`Rocks::note_unreadable_note`] has gathered.
+    pub fn take_unreadable_notes(&self) -> Vec<(QueueId, Vec<u8>)> {
+        std::mem::take(&mut *self.unreadable_notes.lock())
+    }
+
+    /// What [`Rocks::note_unreadable`] has gathered.
+    pub fn take_unreadable(&self) -> Vec<(QueueId, QueueSeq, QueueSeq)> {
+        std::mem::take(&mut *self.unreadable.lock())
     }
 
     pub fn path(&self) -> &Path {
@@ -295,6 +381,7 @@ fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, O
     vec![
         ("default", small()),
         (key::META, small()),
+        (key::META_COPY, small()),
         (key::LOG, log_family(options, cache)),
         (key::STATE, small()),
         (key::CONSUMED, small()),
@@ -303,8 +390,9 @@ fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, O
 }
 
 /// What both databases are opened with.
-fn database_options(buffers: &WriteBufferManager) -> Result<Options, rocksdb::Error> {
-    let mut base = Options::default().get_options_from_string(UNBOUND_OPTIONS)?;
+fn database_options(buffers: &WriteBufferManager, extra: &[&str]) -> Result<Options, rocksdb::Error> {
+    let unbound = [&[UNBOUND_OPTIONS], extra].concat().join(";");
+    let mut base = Options::default().get_options_from_string(unbound)?;
     base.create_if_missing(true);
     base.create_missing_column_families(true);
     base.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Warn, |level, text| match level {

@@ -24,6 +24,8 @@ pub struct RoundBuilder {
     records: u64,
     /// Who puts a note with this round.
     note_owners: HashSet<QueueId>,
+    /// Queues whose state is written, with their tails.
+    tails: Vec<(QueueId, QueueSeq)>,
     last_note_owner: Option<QueueId>,
     /// What holds for those that ask for nothing else.
     default_durability: Durability,
@@ -162,6 +164,7 @@ impl RoundBuilder {
 
     /// Replaces the queue's state.
     pub fn put_state(&mut self, queue: QueueId, state: &QueueStateRecord) {
+        self.tails.push((queue, state.tail));
         let value = recovery::encode_state(queue, state);
         self.log.other_bytes += value.len() + BATCH_ENTRY_BYTES;
         self.log.changes.push(Change::State { queue, value });
@@ -255,11 +258,11 @@ impl RoundBuilder {
         self.needs_sync |= self.default_durability == Durability::Fsync;
         match operation {
             Operation::PutMeta { key, value } => {
-                self.log.other_bytes += key.len() + value.len() + BATCH_ENTRY_BYTES;
+                self.log.other_bytes += 2 * (key.len() + value.len() + BATCH_ENTRY_BYTES);
                 self.log.changes.push(Change::PutMeta { key, value });
             }
             Operation::DeleteMeta { key } => {
-                self.log.other_bytes += key.len() + BATCH_ENTRY_BYTES;
+                self.log.other_bytes += 2 * (key.len() + BATCH_ENTRY_BYTES);
                 self.log.changes.push(Change::DeleteMeta { key });
             }
             Operation::DeleteQueue { queue } => {
@@ -281,6 +284,7 @@ impl RoundBuilder {
         self.log.clear();
         self.pages.clear();
         self.records = 0;
+        self.tails.clear();
         self.note_owners.clear();
         self.last_note_owner = None;
         self.needs_sync = false;
@@ -349,6 +353,11 @@ impl RoundBuilder {
             }
             _ => None,
         })
+    }
+
+    /// The queues whose state this round writes, with their tails.
+    pub(super) fn tails(&self) -> &[(QueueId, QueueSeq)] {
+        &self.tails
     }
 
     /// Who puts notes with this round.
@@ -440,8 +449,14 @@ impl Pile {
             Change::DeleteNotes { from, until } => {
                 batch.delete_range_cf(families.notes, &self.notes[from.clone()], &self.notes[until.clone()]);
             }
-            Change::PutMeta { key, value } => batch.put_cf(families.meta, key, value),
-            Change::DeleteMeta { key } => batch.delete_cf(families.meta, key),
+            Change::PutMeta { key, value } => {
+                batch.put_cf(families.meta, key, value);
+                batch.put_cf(families.meta_copy, key, value);
+            }
+            Change::DeleteMeta { key } => {
+                batch.delete_cf(families.meta, key);
+                batch.delete_cf(families.meta_copy, key);
+            }
         }
     }
 }
@@ -468,6 +483,7 @@ fn whole_runs(last_run: LastRun<'_>, queue: QueueId, from: QueueSeq, until: Queu
 /// The handles of the column families of an open database.
 pub(super) struct Families<'a> {
     pub meta: &'a ColumnFamily,
+    pub meta_copy: &'a ColumnFamily,
     pub log: &'a ColumnFamily,
     pub state: &'a ColumnFamily,
     pub consumed: &'a ColumnFamily,
@@ -481,6 +497,7 @@ impl<'a> Families<'a> {
         let family = |name| db.cf_handle(name).ok_or(StoreError::Closed);
         Ok(Families {
             meta: family(key::META)?,
+            meta_copy: family(key::META_COPY)?,
             log: family(key::LOG)?,
             state: family(key::STATE)?,
             consumed: family(key::CONSUMED)?,

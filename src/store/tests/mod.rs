@@ -1,6 +1,7 @@
 //! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
 
 mod checkpoint;
+mod damage;
 mod failing;
 mod model;
 mod notes;

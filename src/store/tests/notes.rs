@@ -1,6 +1,6 @@
 //! Notes: order, limits, deletion, damage, space.
 
-use super::reading::noise;
+use super::reading::{damage_largest, noise};
 use super::*;
 
 fn put(key: &[u8], value: &[u8]) -> Change {
@@ -164,16 +164,10 @@ fn a_damaged_table_block_costs_the_notes_in_it() {
     commit(&store, owner.change(&store, put_all(&notes)));
     with_notes(&store, |db, family| db.flush_cf(family).unwrap());
     store.shutdown().unwrap();
-    // Only the notes make a table of this size; it is the one with the damage in it.
-    let tables = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().path());
-    let tables = tables.filter(|path| path.extension().is_some_and(|extension| extension == "sst"));
-    let largest = tables.max_by_key(|path| std::fs::metadata(path).unwrap().len()).unwrap();
-    let mut bytes = std::fs::read(&largest).unwrap();
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 0xff;
-    std::fs::write(&largest, bytes).unwrap();
 
     let (store, _) = open(directory.path());
+    // Only the notes make a table of this size.
+    damage_largest(directory.path(), "sst");
     let read = read_notes(&store, owner.id);
     assert!((500..600).contains(&read.len()), "{} left", read.len());
     assert!(read.iter().all(|note| notes.contains(note)));
