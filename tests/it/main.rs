@@ -32,5 +32,6 @@ mod recent_history;
 mod reply_to;
 mod routing;
 mod settle;
+mod shared_bodies;
 mod streams;
 mod tx;

@@ -53,7 +53,7 @@ fn an_unknown_format_is_refused_and_left_alone() {
     store.shutdown().unwrap();
     for _ in 0..2 {
         let error = Store::open(options(directory.path())).err().unwrap();
-        assert_eq!(error, StoreError::UnknownFormat { path: directory.path().to_owned(), found: 7, known: 2 });
+        assert_eq!(error, StoreError::UnknownFormat { path: directory.path().to_owned(), found: 7, known: 3 });
     }
 }
 
@@ -64,20 +64,21 @@ fn a_later_versions_families_do_not_hide_its_format() {
         let mut later = rocksdb::Options::default();
         later.create_if_missing(true);
         later.create_missing_column_families(true);
-        let db = rocksdb::DB::open_cf(&later, directory.path(), [key::META, "bodies"]).unwrap();
-        db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 3u64.to_be_bytes()).unwrap();
+        let db = rocksdb::DB::open_cf(&later, directory.path(), [key::META, "what comes next"]).unwrap();
+        db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 4u64.to_be_bytes()).unwrap();
     }
     let error = Store::open(options(directory.path())).err().unwrap();
-    assert!(matches!(error, StoreError::UnknownFormat { found: 3, known: 2, .. }), "{error}");
+    assert!(matches!(error, StoreError::UnknownFormat { found: 4, known: 3, .. }), "{error}");
 }
 
-/// Makes of a directory what a version without notes would have left.
+/// Makes of a directory what a version without notes and bodies would have left.
 fn downgrade(path: &Path) {
-    let families = ["default", key::META, key::LOG, key::STATE, key::CONSUMED, key::NOTES];
+    let later = [key::NOTES, key::BODIES, key::BODY_REFERENCES];
+    let families = ["default", key::META, key::LOG, key::STATE, key::CONSUMED].into_iter().chain(later);
     let mut options = rocksdb::Options::default();
     options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::PointInTime);
     let mut db = rocksdb::DB::open_cf(&options, path, families).unwrap();
-    db.drop_cf(key::NOTES).unwrap();
+    later.into_iter().for_each(|family| db.drop_cf(family).unwrap());
     db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 1u64.to_be_bytes()).unwrap();
 }
 
@@ -99,7 +100,7 @@ fn a_directory_without_notes_is_taken_over_and_then_refused_to_versions_that_kno
     downgrade(directory.path());
 
     let (store, recovered) = open(directory.path());
-    assert_eq!(stored_format(&store), 2, "a version that reads format 1 only refuses it from now on");
+    assert_eq!(stored_format(&store), 3, "a version that reads format 1 only refuses it from now on");
     assert_eq!(recovered.states, [(queue.id, state)]);
     assert_eq!(recovered.definitions, [(b"kept".to_vec(), b"1".to_vec())]);
     assert_eq!(read_all(&store, queue.id), numbered(0..100));
@@ -111,7 +112,7 @@ fn a_directory_without_notes_is_taken_over_and_then_refused_to_versions_that_kno
     store.abandon();
 
     let (store, _) = open(directory.path());
-    assert_eq!(stored_format(&store), 2);
+    assert_eq!(stored_format(&store), 3);
     assert_eq!(read_notes(&store, queue.id), [(b"key".to_vec(), b"value".to_vec())]);
 }
 
