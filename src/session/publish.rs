@@ -104,7 +104,11 @@ impl Session {
         if self.broker.is_store_failing() && self.must_refuse(number, route, std::slice::from_ref(message)) {
             return self.refuse(number);
         }
+        // A large body is stored once for all queues of a round.
+        let shares_body = route.len() > 1 && message.persistent && matches!(message.body, Body::Shared(_));
+        let one_round = shares_body.then(|| self.broker.atomic());
         let outcome = offer(route, message, &mut self.effects);
+        drop(one_round);
         self.answer_publish(number, outcome);
     }
 

@@ -377,6 +377,9 @@ impl Committer {
     /// Tells the sources of a round that it is on disk, then everyone else.
     pub(super) fn finish(&self, cut: &Cut, builder: &mut RoundBuilder) {
         builder.clear();
+        if self.rocks.bodies().has_pending() {
+            self.open_round(); // there are references to let go of
+        }
         self.rounds.fetch_add(1, Ordering::Relaxed);
         cut.tell(true);
         self.watermark.advance(cut.round);

@@ -14,6 +14,8 @@
 //! - S4: after a failed write or sync every round fails until the database was opened anew and has taken all that was kept
 //!   meanwhile; what a failed `fsync` left behind is unknown. A round that has failed stays so for whoever asks.
 //! - S5: an id that anything was ever written under is not given out again.
+//! - S6: a body that is stored apart is there as long as a record that ends with it is not consumed, and no longer than a
+//!   few rounds after that.
 //!
 //! # Locks
 //! The gate of [`AtomicSection`] comes before the locks of sources; the store's own locks are leaves. A source may
@@ -24,11 +26,12 @@
 //!
 //! # Elsewhere
 //! Keys and families: `key`. Encodings: `run` (records), `recovery` (states, consumed sets), `notes`. RocksDB and its
-//! options: `rocks`. Paged-out records: `pages`. Reading back: `read`, `notes`. Giving disk space back: `sweep`. The
-//! commit thread: `commit`; what a round holds: `round`; who waits: `watermark`; failures: `resume`; free space: `space`.
-//! Copies of a store in use: `checkpoint`.
-//! Damaged files: `damage`, `mirror`. One broker a directory: `lock`.
+//! options: `rocks`. Paged-out records: `pages`. Bodies that records have in common: `bodies`. Reading back: `read`, `notes`.
+//! Giving disk space back: `sweep`. The commit thread: `commit`; what a round holds: `round`; who waits: `watermark`;
+//! failures: `resume`; free space: `space`. Copies of a store in use: `checkpoint`. Damaged files: `damage`, `mirror`. One
+//! broker a directory: `lock`.
 
+mod bodies;
 mod checkpoint;
 mod commit;
 mod damage;
@@ -56,6 +59,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 
 pub use checkpoint::Checkpoint;
@@ -242,6 +246,9 @@ struct QueueIds {
     reserved: u64,
 }
 
+/// Sees records in order: position, record, and the body it ends with if that is apart.
+pub type EachSplitRecord<'a> = dyn FnMut(QueueSeq, &[u8], Option<&Bytes>) + 'a;
+
 type ReadJob = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
@@ -297,6 +304,9 @@ impl Store {
         threads.sweep = Some(spawn("store-sweep", move || rocks.sweep_deleted())?);
         let (rocks, unverified) = (Arc::clone(&self.rocks), std::mem::take(&mut *self.unverified.lock()));
         threads.mirror = Some(spawn("store-mirror", move || rocks.keep_mirror(&unverified))?);
+        if self.rocks.bodies().has_pending() {
+            self.open_round();
+        }
         Ok(())
     }
 
@@ -425,6 +435,23 @@ impl Store {
         each: &mut dyn FnMut(QueueSeq, &[u8]),
     ) -> Result<QueueSeq, StoreError> {
         self.rocks.read_records(queue, from, until, max_bytes, each)
+    }
+
+    /// As [`Store::read_records`]. A record whose body is stored apart (see [`RoundBuilder::append_with_body`]) is not put
+    /// together: `each` gets what stands before the body, and the body. Readers that hold the same body at the same time
+    /// share its memory.
+    ///
+    /// # Errors
+    /// As [`Store::read_records`].
+    pub fn read_split_records(
+        &self,
+        queue: QueueId,
+        from: QueueSeq,
+        until: QueueSeq,
+        max_bytes: usize,
+        each: &mut EachSplitRecord<'_>,
+    ) -> Result<QueueSeq, StoreError> {
+        self.rocks.read_split_records(queue, from, until, max_bytes, each)
     }
 
     /// The consumed positions of a queue: half-open ranges, ascending, none touching the next.

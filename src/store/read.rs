@@ -1,14 +1,13 @@
 //! Reading back: the records of a queue, from its log and its pages in one order, and its consumed ranges.
 
-use std::ops::Range;
-
 use rocksdb::{ColumnFamily, DB, DBRawIterator, ReadOptions};
 
+use super::bodies::{Reference, Unreadable};
 use super::pages::OpenPages;
 use super::recovery::{decode_consumed, is_damage};
 use super::rocks::Rocks;
-use super::run::{RunDamage, RunReader};
-use super::{QueueId, QueueSeq, StoreError, key};
+use super::run::{Entry, RunDamage, RunReader};
+use super::{EachSplitRecord, QueueId, QueueSeq, StoreError, key};
 
 /// Reads that may go on for this long ask the kernel ahead of time.
 pub(super) const READAHEAD_BYTES: usize = 256 * 1024;
@@ -22,6 +21,59 @@ impl Rocks {
         until: QueueSeq,
         max_bytes: usize,
         each: &mut dyn FnMut(QueueSeq, &[u8]),
+    ) -> Result<QueueSeq, StoreError> {
+        let mut whole = Vec::new();
+        self.read_split_records(queue, from, until, max_bytes, &mut |seq, record, body| match body {
+            None => each(seq, record),
+            Some(body) => {
+                whole.clear();
+                whole.extend_from_slice(record);
+                whole.extend_from_slice(body);
+                each(seq, &whole);
+            }
+        })
+    }
+
+    /// See [`Store::read_split_records`](super::Store::read_split_records).
+    pub fn read_split_records(
+        &self,
+        queue: QueueId,
+        from: QueueSeq,
+        until: QueueSeq,
+        max_bytes: usize,
+        each: &mut EachSplitRecord<'_>,
+    ) -> Result<QueueSeq, StoreError> {
+        self.read_stored(queue, from, until, max_bytes, &mut |db, seq, stored| {
+            let (reference, head) = match stored {
+                Stored::Reference(reference, head) => (reference, head),
+                Stored::Whole(record) => {
+                    each(seq, record, None);
+                    return Ok(record.len());
+                }
+            };
+            match self.read_body(db, queue, seq, &reference) {
+                Ok(Some(body)) => {
+                    each(seq, head, Some(&body));
+                    Ok(head.len() + body.len())
+                }
+                Ok(None) => Ok(0),
+                Err(Unreadable::For(error)) => Err(error),
+                Err(Unreadable::Damaged(reason)) => {
+                    self.report_damaged_record(queue, seq, &reason);
+                    Ok(0)
+                }
+            }
+        })
+    }
+
+    /// Calls `each` with what the log and the pages have of `from..until`, in order; it answers how many bytes that was.
+    pub fn read_stored(
+        &self,
+        queue: QueueId,
+        from: QueueSeq,
+        until: QueueSeq,
+        max_bytes: usize,
+        each: &mut dyn FnMut(&DB, QueueSeq, Stored<'_>) -> Result<usize, StoreError>,
     ) -> Result<QueueSeq, StoreError> {
         if from >= until {
             return Ok(until);
@@ -44,9 +96,11 @@ impl Rocks {
                     (Some(_), _) => &mut log,
                     (None, _) => return Ok(until),
                 };
-                let Some((seq, record)) = cursor.record() else { return Ok(until) };
-                each(seq, record);
-                bytes += record.len();
+                let Some((seq, stored)) = cursor.stored() else { return Ok(until) };
+                match stored {
+                    Some(stored) => bytes = bytes.saturating_add(each(db, seq, stored)?),
+                    None => self.report_damaged_record(queue, seq, "reference to a body cannot be read"),
+                }
                 if bytes >= max_bytes {
                     return Ok(seq + 1);
                 }
@@ -59,6 +113,11 @@ impl Rocks {
                 }
             }
         })
+    }
+
+    fn report_damaged_record(&self, queue: QueueId, seq: QueueSeq, reason: &str) {
+        self.count_damage();
+        tracing::error!(queue = queue.0, position = seq, reason, "a stored record is damaged and was skipped");
     }
 
     /// See [`Store::read_consumed`](super::Store::read_consumed).
@@ -185,6 +244,13 @@ pub(super) fn first_placed<T>(
     good
 }
 
+/// A record as the log or the pages have it.
+pub(super) enum Stored<'a> {
+    Whole(&'a [u8]),
+    /// With what stands before the body.
+    Reference(Reference, &'a [u8]),
+}
+
 /// A position in the runs of one queue in one family, on a record that is wanted, or at the end.
 struct Cursor<'a> {
     rocks: &'a Rocks,
@@ -194,7 +260,7 @@ struct Cursor<'a> {
     next: QueueSeq,
     /// In the run that `runs` stands on.
     reader: Option<RunReader>,
-    current: Option<(QueueSeq, Range<usize>)>,
+    current: Option<Entry>,
 }
 
 impl<'a> Cursor<'a> {
@@ -219,12 +285,18 @@ impl<'a> Cursor<'a> {
     }
 
     fn seq(&self) -> Option<QueueSeq> {
-        self.current.as_ref().map(|(seq, _)| *seq)
+        self.current.as_ref().map(|entry| entry.seq)
     }
 
-    fn record(&self) -> Option<(QueueSeq, &[u8])> {
-        let (seq, range) = self.current.clone()?;
-        Some((seq, self.runs.value()?.get(range)?))
+    /// The record; nothing in its place if it is a broken reference.
+    fn stored(&self) -> Option<(QueueSeq, Option<Stored<'_>>)> {
+        let entry = self.current.as_ref()?;
+        let bytes = self.runs.value()?.get(entry.bytes.clone())?;
+        let stored = match entry.is_reference {
+            false => Some(Stored::Whole(bytes)),
+            true => Reference::decode(bytes).map(|(reference, head)| Stored::Reference(reference, head)),
+        };
+        Some((entry.seq, stored))
     }
 
     /// Goes to the next record, over everything that is damaged.
@@ -248,14 +320,14 @@ impl<'a> Cursor<'a> {
                     self.reader = None;
                     self.runs.next();
                 }
-                Some(Ok((seq, _))) if seq < self.next => {}
-                Some(Ok((seq, _))) if seq >= self.stretch.until => {
+                Some(Ok(entry)) if entry.seq < self.next => {}
+                Some(Ok(entry)) if entry.seq >= self.stretch.until => {
                     self.reader = None;
                     self.runs.next();
                 }
-                Some(Ok((seq, range))) => {
-                    self.next = seq + 1;
-                    self.current = Some((seq, range));
+                Some(Ok(entry)) => {
+                    self.next = entry.seq + 1;
+                    self.current = Some(entry);
                     return Ok(());
                 }
                 Some(Err(damage)) => self.report(damage),

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashSet};
 
 use rocksdb::{ColumnFamily, DB, ErrorKind, IteratorMode, WriteBatch, WriteOptions};
 
-use super::read::first_placed;
+use super::read::{Stored, first_placed};
 use super::rocks::Rocks;
 use super::round::Families;
 use super::run::{put_varint, take_varint};
@@ -21,7 +21,8 @@ use super::{Durability, QueueId, QueueSeq, QueueStateRecord, Recovered, SEGMENT_
 
 /// The layout this module reads and writes.
 ///
-/// 2 added the family `notes`, 3 `meta_copy`. A directory of an earlier format is taken over as it is.
+/// 2 added the family `notes`, 3 the families `meta_copy`, `bodies` and `body_references` with the second version of runs. A
+/// directory of an earlier format is taken over as it is.
 pub(super) const FORMAT: u64 = 3;
 
 /// The oldest layout that can be taken over.
@@ -47,6 +48,7 @@ pub(super) fn recover(rocks: &Rocks, durability: Durability) -> Result<Recovered
     let states = read_states(rocks)?;
     let beyond_states = states.iter().map(|(queue, _)| queue.0 + 1).max().unwrap_or(1);
     let next_queue_id = read_number(rocks, key::RESERVED_IDS_KEY)?.unwrap_or(1).max(beyond_states);
+    rocks.open_bodies(read_number(rocks, key::NEXT_BODY_ID_KEY)?.unwrap_or(1))?;
     rocks.note_owners().opened(next_queue_id, rocks.has_any_notes()?);
     reserve(rocks, found, next_queue_id + ID_BLOCK, durability)?;
     Ok(Recovered { definitions, damaged_definitions, states, next_queue_id, healed: Vec::new() })
@@ -222,15 +224,22 @@ pub(super) fn rebuild_state(rocks: &Rocks, queue: QueueId) -> Result<QueueStateR
     let consumed = rocks.read_consumed(queue)?;
     let mut state = QueueStateRecord::default();
     let mut first = None;
-    rocks.read_records(queue, 0, QueueSeq::MAX, usize::MAX, &mut |seq, record| {
+    rocks.read_stored(queue, 0, QueueSeq::MAX, usize::MAX, &mut |db, seq, stored| {
         state.tail = seq + 1;
+        let bytes = match stored {
+            Stored::Whole(record) => record.len() as u64,
+            // Without its reference it was consumed, and its body may be gone.
+            Stored::Reference(..) if !rocks.is_reference_held(db, queue, seq) => return Ok(0),
+            Stored::Reference(reference, head) => head.len() as u64 + reference.body_bytes,
+        };
         let after = consumed.partition_point(|(from, _)| *from <= seq);
         if after > 0 && seq < consumed[after - 1].1 {
-            return;
+            return Ok(0);
         }
         first.get_or_insert(seq);
         state.message_count += 1;
-        state.message_bytes += record.len() as u64;
+        state.message_bytes += bytes;
+        Ok(0)
     })?;
     if let Some((_, until)) = consumed.last() {
         state.tail = state.tail.max(*until);
@@ -326,21 +335,21 @@ pub(super) fn is_intact(family: &str, key: &[u8], value: &[u8]) -> bool {
 }
 
 /// A version byte and room for the checksum.
-fn begin(version: u8) -> Vec<u8> {
+pub(super) fn begin(version: u8) -> Vec<u8> {
     let mut value = Vec::with_capacity(32);
     value.extend_from_slice(&[version, 0, 0, 0, 0]);
     value
 }
 
 /// Fills in the checksum over `key` and what follows.
-fn seal(mut value: Vec<u8>, key: &[u8]) -> Vec<u8> {
+pub(super) fn seal(mut value: Vec<u8>, key: &[u8]) -> Vec<u8> {
     let crc = crc32c::crc32c_append(crc32c::crc32c(key), &value[5..]);
     value[1..5].copy_from_slice(&crc.to_le_bytes());
     value
 }
 
 /// What [`seal`] protects, if it is intact.
-fn open<'a>(value: &'a [u8], version: u8, key: &[u8]) -> Option<&'a [u8]> {
+pub(super) fn open<'a>(value: &'a [u8], version: u8, key: &[u8]) -> Option<&'a [u8]> {
     let (&found, rest) = value.split_first()?;
     let (crc, rest) = rest.split_first_chunk::<4>()?;
     let intact = crc32c::crc32c_append(crc32c::crc32c(key), rest) == u32::from_le_bytes(*crc);

@@ -129,6 +129,7 @@ impl Committer {
         let passing = |reason| (reason, false);
         self.rocks.probe(self.space.needed_for(builder.byte_count())).map_err(passing)?;
         self.rocks.reopen().map_err(passing)?;
+        self.rocks.open_bodies(0).map_err(|error| passing(error.to_string()))?;
         if let Some(kept) = &failing.kept {
             builder.require_sync();
             self.write_log(kept.round, builder).map_err(passing)?;

@@ -21,12 +21,12 @@ use rocksdb::{
     Options, WriteBufferManager, WriteOptions,
 };
 
+use super::bodies::Bodies;
 use super::mirror::Mirror;
 use super::notes::NoteOwners;
 use super::pages::Pages;
-use super::read::last_run_before;
 use super::recovery::is_damage;
-use super::round::{Families, RoundBuilder};
+use super::round::RoundBuilder;
 use super::sweep::Sweeper;
 use super::{Durability, QueueId, QueueSeq, StoreError, StoreOptions, key};
 
@@ -61,6 +61,7 @@ pub(super) struct Rocks {
     db: RwLock<Option<DB>>,
     pages: Pages,
     note_owners: NoteOwners,
+    bodies: Bodies,
     sweeper: Sweeper,
     mirror: Mirror,
     damaged: AtomicU64,
@@ -145,6 +146,7 @@ impl Rocks {
             db: RwLock::new(Some(db)),
             pages,
             note_owners: NoteOwners::default(),
+            bodies: Bodies::default(),
             sweeper: Sweeper::default(),
             damaged: AtomicU64::new(0),
             unreadable: Mutex::default(),
@@ -213,8 +215,7 @@ impl Rocks {
     pub fn write_log(&self, round: &mut RoundBuilder, sync: bool) -> Result<usize, String> {
         let guard = self.db.read();
         let db = guard.as_ref().ok_or_else(|| self.not_open().to_string())?;
-        let families = Families::of(db).map_err(|error| error.to_string())?;
-        let batch = round.log_batch(&families, &|queue, until| last_run_before(db, families.log, queue, until));
+        let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
         let bytes = batch.size_in_bytes();
         if !batch.is_empty() {
             let mut options = WriteOptions::default();
@@ -229,6 +230,7 @@ impl Rocks {
         self.note_owners.wrote(round);
         self.sweeper.note(round.deleted_records());
         self.sweeper.note_notes(round.deleted_notes());
+        self.sweeper.note_bodies(&ended_bodies);
         Ok(bytes)
     }
 
@@ -244,6 +246,10 @@ impl Rocks {
 
     pub fn note_owners(&self) -> &NoteOwners {
         &self.note_owners
+    }
+
+    pub fn bodies(&self) -> &Bodies {
+        &self.bodies
     }
 
     pub fn sweeper(&self) -> &Sweeper {
@@ -386,6 +392,8 @@ fn known_families(options: &StoreOptions, cache: &Cache) -> Vec<(&'static str, O
         (key::STATE, small()),
         (key::CONSUMED, small()),
         (key::NOTES, notes_family(options, cache)),
+        (key::BODIES, log_family(options, cache)),
+        (key::BODY_REFERENCES, small()),
     ]
 }
 

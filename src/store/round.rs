@@ -3,10 +3,14 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
+use bytes::Bytes;
 use rocksdb::{ColumnFamily, DB, WriteBatch};
 
+use super::bodies::{EndedBodies, Ledger, RoundBodies};
 use super::notes::encode_note;
-use super::run::{FinishedRun, RunWriter};
+use super::read::last_run_before;
+use super::rocks::Rocks;
+use super::run::{Body, FinishedRun, RunWriter};
 use super::{Durability, QueueId, QueueSeq, QueueStateRecord, SEGMENT_RECORDS, StoreError, key, recovery};
 
 /// Buffer that is kept from round to round.
@@ -21,6 +25,7 @@ pub struct RoundBuilder {
     log: Pile,
     /// Goes to [`Pages`](super::pages::Pages), before `log` is written.
     pages: Pile,
+    bodies: RoundBodies,
     records: u64,
     /// Who puts a note with this round.
     note_owners: HashSet<QueueId>,
@@ -58,6 +63,7 @@ enum Change {
     Run(FinishedRun),
     State {
         queue: QueueId,
+        head: QueueSeq,
         value: Vec<u8>,
     },
     Consumed {
@@ -162,12 +168,25 @@ impl RoundBuilder {
         self.log.append(queue, seq, record);
     }
 
+    /// As [`RoundBuilder::append`], of a record that is `head` and behind it `body`. If other records of this round, of this
+    /// queue or others, end with the same bytes in memory, they are stored once for all.
+    ///
+    /// The body is held until the round has ended, and not copied before.
+    pub fn append_with_body(&mut self, queue: QueueId, seq: QueueSeq, head: &[u8], body: &Bytes) {
+        self.records += 1;
+        let (number, is_new) = self.bodies.take(body);
+        self.log.other_bytes += if is_new { body.len() } else { 3 * BATCH_ENTRY_BYTES };
+        if let Some(run) = self.log.runs.append_split(queue, seq, head, number, body.len()) {
+            self.log.changes.push(Change::Run(run));
+        }
+    }
+
     /// Replaces the queue's state.
     pub fn put_state(&mut self, queue: QueueId, state: &QueueStateRecord) {
         self.tails.push((queue, state.tail));
         let value = recovery::encode_state(queue, state);
         self.log.other_bytes += value.len() + BATCH_ENTRY_BYTES;
-        self.log.changes.push(Change::State { queue, value });
+        self.log.changes.push(Change::State { queue, head: state.head, value });
     }
 
     /// Replaces the consumed set of a segment: half-open ranges, ascending and merged, all within the segment.
@@ -283,6 +302,7 @@ impl RoundBuilder {
     pub(super) fn clear(&mut self) {
         self.log.clear();
         self.pages.clear();
+        self.bodies.clear();
         self.records = 0;
         self.tails.clear();
         self.note_owners.clear();
@@ -290,14 +310,36 @@ impl RoundBuilder {
         self.needs_sync = false;
     }
 
-    /// The durable part of the round, in one batch.
-    pub(super) fn log_batch(&mut self, families: &Families<'_>, last_run: LastRun<'_>) -> WriteBatch {
+    /// The durable part of the round, in one batch, and what ends with it.
+    ///
+    /// # Errors
+    /// [`StoreError::Closed`].
+    pub(super) fn log_batch(&mut self, rocks: &Rocks, db: &DB) -> Result<(WriteBatch, EndedBodies), StoreError> {
         self.log.finish_run();
+        let families = Families::of(db)?;
         let mut batch = WriteBatch::with_capacity_bytes(self.log.byte_count());
+        let mut ledger = rocks.ledger(db, &self.bodies, &mut batch)?;
+        let last_run = |queue, until| last_run_before(db, families.log, queue, until);
+        let mut scratch = Vec::new();
         for change in &self.log.changes {
-            self.log.put(families, last_run, change, &mut batch);
+            note_consumption(change, &mut ledger, &mut batch);
+            match change {
+                Change::Run(run) => {
+                    let body = &mut |seq, number| match ledger.place(run.queue, seq, number) {
+                        Some(reference) => Body::Apart(reference),
+                        None => Body::Inline(self.bodies.bytes(number)),
+                    };
+                    let bytes = self.log.runs.encoded(run, &mut scratch, body);
+                    batch.put_cf(families.log, key::numbered(run.queue, run.first), bytes);
+                }
+                change => self.log.put(&families, &last_run, change, &mut batch),
+            }
         }
-        batch
+        if let Some(next) = ledger.next_id() {
+            batch.put_cf(families.meta, key::NEXT_BODY_ID_KEY, next.to_be_bytes());
+        }
+        let ended = ledger.finish(&mut batch);
+        Ok((batch, ended))
     }
 
     /// The part of the round that goes to the pages, in one batch. `paged` says of a queue whether anything of it may
@@ -305,11 +347,13 @@ impl RoundBuilder {
     pub(super) fn pages_batch(&mut self, paged: &dyn Fn(QueueId) -> bool, last_run: LastRun<'_>) -> WriteBatch {
         self.pages.finish_run();
         let mut batch = WriteBatch::with_capacity_bytes(self.pages.byte_count());
-        let mut fresh = Vec::new();
+        let (mut fresh, mut scratch) = (Vec::new(), Vec::new());
         for change in &self.pages.changes {
             match change {
                 Change::Run(run) => {
-                    batch.put(key::numbered(run.queue, run.first), self.pages.runs.bytes(run));
+                    let whole = &mut |_, _| Body::Inline(&[]); // nothing is paged out without its body
+                    let bytes = self.pages.runs.encoded(run, &mut scratch, whole);
+                    batch.put(key::numbered(run.queue, run.first), bytes);
                     fresh.push(run.queue);
                 }
                 Change::DeleteRecords { queue, from, until } if paged(*queue) || fresh.contains(queue) => {
@@ -420,8 +464,8 @@ impl Pile {
 
     fn put(&self, families: &Families<'_>, last_run: LastRun<'_>, change: &Change, batch: &mut WriteBatch) {
         match change {
-            Change::Run(run) => batch.put_cf(families.log, key::numbered(run.queue, run.first), self.runs.bytes(run)),
-            Change::State { queue, value } => batch.put_cf(families.state, key::queue(*queue), value),
+            Change::Run(_) => {} // the caller's, who knows where bodies go
+            Change::State { queue, value, .. } => batch.put_cf(families.state, key::queue(*queue), value),
             Change::Consumed { queue, segment, value: Some(value) } => {
                 batch.put_cf(families.consumed, key::numbered(*queue, *segment), value);
             }
@@ -458,6 +502,22 @@ impl Pile {
                 batch.delete_cf(families.meta_copy, key);
             }
         }
+    }
+}
+
+/// Lets go of the bodies of what a change consumes or deletes.
+fn note_consumption(change: &Change, ledger: &mut Ledger<'_>, batch: &mut WriteBatch) {
+    match change {
+        Change::State { queue, head, .. } => ledger.release(*queue, 0, *head, batch),
+        Change::DeleteRecords { queue, from, until } => ledger.release(*queue, *from, *until, batch),
+        Change::DeleteQueue { queue } => ledger.release(*queue, 0, QueueSeq::MAX, batch),
+        Change::Consumed { queue, segment, value: Some(value) } if ledger.holds(*queue) => {
+            let mut ranges = Vec::new();
+            if recovery::decode_consumed(*queue, *segment, value, &mut ranges).is_some() {
+                ledger.release_ranges(*queue, &ranges, batch);
+            }
+        }
+        _ => {}
     }
 }
 

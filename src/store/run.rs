@@ -5,16 +5,23 @@
 //! position and the queue are in the key. A short record so costs 6 or 7 bytes more than itself, and a damaged one
 //! is found without losing its neighbours.
 //!
+//! A run that was given records whose bodies stand apart (see [`bodies`](super::bodies)) is of the second version: there
+//! the length counts twice, plus one for a *reference*, which stands for a record without its body and says which body that
+//! is. The checksum of a reference is inverted, so that neither passes for the other.
+//!
 //! # Invariants
 //! - R1: positions ascend within a run, and all are of one segment.
 //! - R2: a run is at most [`MAX_RUN_BYTES`] long, unless it is a single record.
 
 use std::ops::Range;
 
+use super::bodies::Reference;
 use super::{QueueId, QueueSeq, key};
 
-/// The only version of the encoding so far.
+/// Whole records only.
 const RUN_VERSION: u8 = 1;
+/// Records and references.
+const MIXED_RUN_VERSION: u8 = 2;
 
 /// What a run is cut at. Large enough for few keys, small enough that a read of a few records reads little more.
 pub(super) const MAX_RUN_BYTES: usize = 256 * 1024;
@@ -34,13 +41,34 @@ pub(super) struct FinishedRun {
     pub queue: QueueId,
     pub first: QueueSeq,
     pub bytes: Range<usize>,
+    /// Which of the split records it has. Unless there are none, `bytes` are only half of it: see
+    /// [`RunWriter::encoded`].
+    splits: Range<usize>,
 }
 
 /// Encodes runs one behind the other into one buffer.
 #[derive(Debug, Default)]
 pub(super) struct RunWriter {
     buffer: Vec<u8>,
+    splits: Vec<Split>,
     open: Option<OpenRun>,
+}
+
+/// A record whose body is not in the buffer.
+#[derive(Debug)]
+struct Split {
+    seq: QueueSeq,
+    /// Where in the buffer the rest of it is, bare.
+    head: Range<usize>,
+    body: usize,
+}
+
+/// What becomes of the body of a split record.
+pub(super) enum Body<'a> {
+    /// It is written with the record.
+    Inline(&'a [u8]),
+    /// It has a place of its own.
+    Apart(Reference),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -48,8 +76,11 @@ struct OpenRun {
     queue: QueueId,
     first: QueueSeq,
     last: QueueSeq,
-    /// Where the run begins in the buffer.
+    /// Where the run begins in the buffer, and among the split records.
     start: usize,
+    first_split: usize,
+    /// Bytes of bodies that are not in the buffer.
+    beside: usize,
     /// The checksum of the queue id, which every record's checksum goes on from.
     seed: u32,
 }
@@ -59,39 +90,117 @@ impl RunWriter {
     ///
     /// Hot path: once per durable message, under the queue's lock.
     pub fn append(&mut self, queue: QueueId, seq: QueueSeq, record: &[u8]) -> Option<FinishedRun> {
+        let (finished, open) = self.open_for(queue, seq, record.len());
+        open.last = seq;
+        let (relative, crc) = (seq - open.first, checksum(open.seed, seq, record));
+        make_room(&mut self.buffer, MAX_HEADER_BYTES + record.len());
+        put_record(&mut self.buffer, relative, record.len() as u64, crc);
+        self.buffer.extend_from_slice(record);
+        finished
+    }
+
+    /// As [`RunWriter::append`], of a record that is `head` and behind it a body of `body_bytes`, which the caller keeps as
+    /// number `body`.
+    pub fn append_split(
+        &mut self,
+        queue: QueueId,
+        seq: QueueSeq,
+        head: &[u8],
+        body: usize,
+        body_bytes: usize,
+    ) -> Option<FinishedRun> {
+        let (finished, open) = self.open_for(queue, seq, head.len() + body_bytes);
+        open.last = seq;
+        open.beside += body_bytes;
+        let start = self.buffer.len();
+        self.buffer.extend_from_slice(head);
+        self.splits.push(Split { seq, head: start..self.buffer.len(), body });
+        finished
+    }
+
+    /// The run that takes a record of `bytes`, and the one before it if that is finished.
+    #[inline(always)]
+    fn open_for(&mut self, queue: QueueId, seq: QueueSeq, bytes: usize) -> (Option<FinishedRun>, &mut OpenRun) {
         let finished = match &self.open {
-            Some(open) if open.takes(queue, seq, self.buffer.len() + record.len()) => None,
+            Some(open) if open.takes(queue, seq, self.buffer.len() + bytes) => None,
             _ => self.finish(),
         };
-        let start = self.buffer.len();
+        let (start, first_split) = (self.buffer.len(), self.splits.len());
         let open = self.open.get_or_insert_with(|| OpenRun {
             queue,
             first: seq,
             last: seq,
             start,
+            first_split,
+            beside: 0,
             seed: crc32c::crc32c(&queue.0.to_le_bytes()),
         });
         if open.start == start {
             self.buffer.push(RUN_VERSION);
         }
-        open.last = seq;
-        make_room(&mut self.buffer, MAX_HEADER_BYTES + record.len());
-        put_varint(&mut self.buffer, seq - open.first);
-        put_varint(&mut self.buffer, record.len() as u64);
-        self.buffer.extend_from_slice(&checksum(open.seed, seq, record).to_le_bytes());
-        self.buffer.extend_from_slice(record);
-        finished
+        (finished, open)
     }
 
     /// Ends the open run, if there is one.
     pub fn finish(&mut self) -> Option<FinishedRun> {
         let open = self.open.take()?;
-        Some(FinishedRun { queue: open.queue, first: open.first, bytes: open.start..self.buffer.len() })
+        let (bytes, splits) = (open.start..self.buffer.len(), open.first_split..self.splits.len());
+        Some(FinishedRun { queue: open.queue, first: open.first, bytes, splits })
     }
 
-    /// The buffer that [`FinishedRun::bytes`] points into.
-    pub fn bytes(&self, run: &FinishedRun) -> &[u8] {
-        &self.buffer[run.bytes.clone()]
+    /// The encoded run. One with split records is put together in `assembled`; `body` says of each where its body goes.
+    pub fn encoded<'a, 'b>(
+        &'a self,
+        run: &FinishedRun,
+        assembled: &'a mut Vec<u8>,
+        body: &mut dyn FnMut(QueueSeq, usize) -> Body<'b>,
+    ) -> &'a [u8] {
+        if run.splits.is_empty() {
+            return &self.buffer[run.bytes.clone()];
+        }
+        self.assemble(run, assembled, body);
+        assembled
+    }
+
+    fn assemble<'b>(&self, run: &FinishedRun, out: &mut Vec<u8>, body: &mut dyn FnMut(QueueSeq, usize) -> Body<'b>) {
+        let seed = crc32c::crc32c(&run.queue.0.to_le_bytes());
+        out.clear();
+        out.push(MIXED_RUN_VERSION);
+        let mut at = run.bytes.start + 1;
+        for split in &self.splits[run.splits.clone()] {
+            self.put_plain(at..split.head.start, out);
+            let head = &self.buffer[split.head.clone()];
+            let relative = split.seq - run.first;
+            match body(split.seq, split.body) {
+                Body::Inline(body) => {
+                    let crc = crc32c::crc32c_append(checksum(seed, split.seq, head), body);
+                    out.reserve(MAX_HEADER_BYTES + head.len() + body.len());
+                    put_record(out, relative, ((head.len() + body.len()) as u64) << 1, crc);
+                    out.extend_from_slice(head);
+                    out.extend_from_slice(body);
+                }
+                Body::Apart(reference) => {
+                    let reference = reference.encode();
+                    let crc = crc32c::crc32c_append(checksum(seed, split.seq, &reference), head);
+                    put_record(out, relative, ((reference.len() + head.len()) as u64) << 1 | 1, !crc);
+                    out.extend_from_slice(&reference);
+                    out.extend_from_slice(head);
+                }
+            }
+            at = split.head.end;
+        }
+        self.put_plain(at..run.bytes.end, out);
+    }
+
+    /// Writes whole records of the first version as ones of the second.
+    fn put_plain(&self, records: Range<usize>, out: &mut Vec<u8>) {
+        let mut rest = &self.buffer[records];
+        while let Some((relative, length, crc)) = take_record(&mut rest) {
+            let (record, behind) = rest.split_at(length.min(rest.len() as u64) as usize);
+            put_record(out, relative, length << 1, crc);
+            out.extend_from_slice(record);
+            rest = behind;
+        }
     }
 
     /// Bytes of all runs so far.
@@ -104,6 +213,8 @@ impl RunWriter {
         self.open = None;
         self.buffer.clear();
         self.buffer.shrink_to(keep_bytes);
+        self.splits.clear();
+        self.splits.shrink_to(keep_bytes / size_of::<Split>());
     }
 }
 
@@ -123,7 +234,7 @@ impl OpenRun {
         self.queue == queue
             && seq > self.last
             && key::segment_start(seq) == key::segment_start(self.first)
-            && end + MAX_HEADER_BYTES <= self.start + MAX_RUN_BYTES
+            && end + self.beside + MAX_HEADER_BYTES <= self.start + MAX_RUN_BYTES
     }
 }
 
@@ -137,6 +248,15 @@ pub(super) struct RunDamage {
     pub reason: &'static str,
 }
 
+/// A record in an encoded run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub seq: QueueSeq,
+    pub bytes: Range<usize>,
+    /// The bytes are a [`Reference`] and what stands before the body.
+    pub is_reference: bool,
+}
+
 /// A position in an encoded run. It does not hold the bytes, so that it can live beside their owner; every call
 /// must be given the same ones.
 #[derive(Clone, Copy, Debug)]
@@ -146,44 +266,51 @@ pub(super) struct RunReader {
     lowest: QueueSeq,
     seed: u32,
     offset: usize,
+    mixed: bool,
 }
 
 impl RunReader {
     pub fn new(queue: QueueId, first: QueueSeq) -> RunReader {
-        RunReader { first, lowest: first, seed: crc32c::crc32c(&queue.0.to_le_bytes()), offset: 0 }
+        let seed = crc32c::crc32c(&queue.0.to_le_bytes());
+        RunReader { first, lowest: first, seed, offset: 0, mixed: false }
     }
 
     /// The next record's position and place in `run`, the next damage, or nothing at the end.
-    pub fn next(&mut self, run: &[u8]) -> Option<Result<(QueueSeq, Range<usize>), RunDamage>> {
+    pub fn next(&mut self, run: &[u8]) -> Option<Result<Entry, RunDamage>> {
         if self.offset == 0 {
             match run.first() {
                 Some(&RUN_VERSION) => self.offset = 1,
+                Some(&MIXED_RUN_VERSION) => (self.offset, self.mixed) = (1, true),
                 Some(_) => return Some(Err(self.broken_off(run, "unknown version of the run encoding"))),
                 None => return Some(Err(self.broken_off(&[0], "empty run"))),
             }
         }
         let mut rest = run.get(self.offset..).filter(|rest| !rest.is_empty())?;
-        let Some((seq, length, crc)) = self.take_header(&mut rest) else {
+        let Some((seq, length, crc, is_reference)) = self.take_header(&mut rest) else {
             return Some(Err(self.broken_off(run, "record header cannot be read")));
         };
         let start = run.len() - rest.len();
-        let record = start..start + length;
-        self.offset = record.end;
+        let bytes = start..start + length;
+        self.offset = bytes.end;
         let end = key::segment_start(self.first) + super::SEGMENT_RECORDS;
-        if seq < self.lowest || seq >= end || checksum(self.seed, seq, &run[record.clone()]) != crc {
+        let expected = if is_reference { !crc } else { crc };
+        if seq < self.lowest || seq >= end || checksum(self.seed, seq, &run[bytes.clone()]) != expected {
             let seq = if (self.lowest..end).contains(&seq) { seq } else { self.lowest };
             return Some(Err(RunDamage { seq, to_the_end: false, reason: "checksum mismatch" }));
         }
         self.lowest = seq + 1;
-        Some(Ok((seq, record)))
+        Some(Ok(Entry { seq, bytes, is_reference }))
     }
 
-    fn take_header(&self, rest: &mut &[u8]) -> Option<(QueueSeq, usize, u32)> {
-        let seq = self.first.checked_add(take_varint(rest)?)?;
-        let length = usize::try_from(take_varint(rest)?).ok()?;
-        let (crc, record) = rest.split_first_chunk::<4>()?;
-        *rest = record;
-        (length <= record.len()).then_some((seq, length, u32::from_le_bytes(*crc)))
+    fn take_header(&self, rest: &mut &[u8]) -> Option<(QueueSeq, usize, u32, bool)> {
+        let (relative, mut length, crc) = take_record(rest)?;
+        let mut is_reference = false;
+        if self.mixed {
+            is_reference = length & 1 != 0;
+            length >>= 1;
+        }
+        let length = usize::try_from(length).ok().filter(|length| *length <= rest.len())?;
+        Some((self.first.checked_add(relative)?, length, crc, is_reference))
     }
 
     fn broken_off(&mut self, run: &[u8], reason: &'static str) -> RunDamage {
@@ -194,6 +321,22 @@ impl RunReader {
 
 fn checksum(seed: u32, seq: QueueSeq, record: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c_append(seed, &seq.to_le_bytes()), record)
+}
+
+/// Appends what stands before a record: its relative position, its length as the version has it, its checksum.
+#[inline(always)]
+fn put_record(buffer: &mut Vec<u8>, relative: u64, length: u64, crc: u32) {
+    put_varint(buffer, relative);
+    put_varint(buffer, length);
+    buffer.extend_from_slice(&crc.to_le_bytes());
+}
+
+/// The inverse of [`put_record`].
+fn take_record(rest: &mut &[u8]) -> Option<(u64, u64, u32)> {
+    let (relative, length) = (take_varint(rest)?, take_varint(rest)?);
+    let (crc, record) = rest.split_first_chunk::<4>()?;
+    *rest = record;
+    Some((relative, length, u32::from_le_bytes(*crc)))
 }
 
 /// Appends `value`, seven bits a byte, the lowest first.
@@ -239,7 +382,8 @@ mod tests {
         let mut writer = RunWriter::default();
         let mut finished: Vec<_> = records.iter().filter_map(|(seq, r)| writer.append(QUEUE, *seq, r)).collect();
         finished.extend(writer.finish());
-        finished.iter().map(|run| (run.first, writer.bytes(run).to_vec())).collect()
+        let bytes = |run: &FinishedRun| writer.encoded(run, &mut Vec::new(), &mut |_, _| unreachable!()).to_vec();
+        finished.iter().map(|run| (run.first, bytes(run))).collect()
     }
 
     fn decode(first: QueueSeq, run: &[u8]) -> (Records, Vec<RunDamage>) {
@@ -247,7 +391,7 @@ mod tests {
         let mut reader = RunReader::new(QUEUE, first);
         while let Some(next) = reader.next(run) {
             match next {
-                Ok((seq, range)) => records.push((seq, run[range].to_vec())),
+                Ok(entry) => records.push((entry.seq, run[entry.bytes].to_vec())),
                 Err(found) => damage.push(found),
             }
         }
@@ -287,9 +431,9 @@ mod tests {
             let (first, run) = encode(&records).remove(0);
             let (whole, _) = decode(first, &run);
             let mut reader = RunReader::new(QUEUE, first);
-            let bodies: Vec<_> = std::iter::from_fn(|| reader.next(&run)).flatten().filter(|(_, r)| !r.is_empty()).collect();
+            let bodies: Vec<_> = std::iter::from_fn(|| reader.next(&run)).flatten().filter(|entry| !entry.bytes.is_empty()).collect();
             prop_assume!(!bodies.is_empty());
-            let (seq, range) = bodies[at.index(bodies.len())].clone();
+            let Entry { seq, bytes: range, .. } = bodies[at.index(bodies.len())].clone();
             let mut broken = run.clone();
             broken[range.start + at.index(range.len())] ^= 1 << bit;
 

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rocksdb::{BottommostLevelCompaction, ColumnFamily, CompactOptions, DB};
 
+use super::bodies::EndedBodies;
 use super::rocks::Rocks;
 use super::round::DeletedNotes;
 use super::{QueueId, QueueSeq, key};
@@ -33,11 +34,16 @@ const MAX_RANGES: usize = 16;
 /// Notes that were deleted one by one are not worth a compaction before they are this many.
 const MIN_DELETED_NOTES: u64 = 50_000;
 
+/// The same of references to bodies, which are small.
+const MIN_DELETED_REFERENCES: u64 = 50_000;
+
 /// Less garbage than this is not worth copying anything.
 const MIN_GARBAGE_BYTES: u64 = 64 * 1024 * 1024;
+/// The same of bodies, which are large.
+const MIN_GARBAGE_BODY_BYTES: u64 = 4 * 1024 * 1024;
 
 /// Of the blob files that are in use: all bytes, and those of runs that were deleted.
-const LIVE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-size";
+pub(super) const LIVE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-size";
 const GARBAGE_BLOB_BYTES: &CStr = c"rocksdb.live-blob-file-garbage-size";
 
 /// Per queue, the first position that was deleted, and the one after the last.
@@ -59,12 +65,27 @@ struct State {
     notes: SweptNotes,
     /// Notes deleted one by one; a range counts as enough.
     deleted_notes: u64,
+    /// The lowest and the highest id of bodies that are gone.
+    bodies: Option<(u64, u64)>,
+    /// References to bodies that are gone.
+    deleted_references: u64,
     stop: bool,
+}
+
+/// What one go of the sweeping thread gives back.
+struct Sweep {
+    records: Deleted,
+    notes: SweptNotes,
+    bodies: Option<(u64, u64)>,
+    references: bool,
 }
 
 impl State {
     fn is_worth_a_sweep(&self) -> bool {
-        !self.deleted.is_empty() || self.deleted_notes >= MIN_DELETED_NOTES
+        !self.deleted.is_empty()
+            || self.bodies.is_some()
+            || self.deleted_notes >= MIN_DELETED_NOTES
+            || self.deleted_references >= MIN_DELETED_REFERENCES
     }
 }
 
@@ -113,6 +134,29 @@ impl Sweeper {
         }
     }
 
+    /// Remembers bodies and references whose end is committed.
+    pub fn note_bodies(&self, ended: &EndedBodies) {
+        if ended.references == 0 {
+            return; // nor has a body ended, then
+        }
+        let mut state = self.state.lock();
+        state.deleted_references += ended.references;
+        if let (Some(&low), Some(&high)) = (ended.ids.iter().min(), ended.ids.iter().max()) {
+            let (lowest, highest) = state.bodies.unwrap_or((low, high));
+            state.bodies = Some((lowest.min(low), highest.max(high)));
+        }
+        let worth = state.is_worth_a_sweep();
+        drop(state);
+        if worth {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Has all bodies looked at: an earlier start may have ended before it could give back what was deleted.
+    pub fn note_start_with_bodies(&self) {
+        self.state.lock().bodies = Some((0, u64::MAX));
+    }
+
     /// Lets [`Rocks::sweep_deleted`] end.
     pub fn stop(&self) {
         self.state.lock().stop = true;
@@ -120,12 +164,21 @@ impl Sweeper {
     }
 
     /// Waits for deletions, and a while longer. `None` when the store closes.
-    fn take(&self, delay: Duration) -> Option<(Deleted, SweptNotes)> {
+    fn take(&self, delay: Duration) -> Option<Sweep> {
         let mut state = self.state.lock();
         self.wake.wait_while(&mut state, |state| !state.is_worth_a_sweep() && !state.stop);
         self.wake.wait_while_for(&mut state, |state| !state.stop, delay);
         state.deleted_notes = 0;
-        (!state.stop).then(|| (std::mem::take(&mut state.deleted), std::mem::take(&mut state.notes)))
+        let references = state.deleted_references >= MIN_DELETED_REFERENCES;
+        if references {
+            state.deleted_references = 0;
+        }
+        (!state.stop).then(|| Sweep {
+            records: std::mem::take(&mut state.deleted),
+            notes: std::mem::take(&mut state.notes),
+            bodies: state.bodies.take(),
+            references,
+        })
     }
 }
 
@@ -133,10 +186,16 @@ impl Rocks {
     /// The sweeping thread.
     pub fn sweep_deleted(&self) {
         let mut delay = MIN_DELAY;
-        while let Some((deleted, notes)) = self.sweeper().take(delay) {
+        while let Some(sweep) = self.sweeper().take(delay) {
             let start = Instant::now();
-            self.sweep(&deleted);
-            self.sweep_notes(&notes);
+            self.sweep(&sweep.records);
+            self.sweep_notes(&sweep.notes);
+            if let Some((lowest, highest)) = sweep.bodies {
+                self.sweep_bodies(lowest, highest);
+            }
+            if sweep.references {
+                self.sweep_references();
+            }
             delay = MIN_DELAY.max(start.elapsed() * DELAY_FACTOR);
         }
     }
@@ -150,10 +209,10 @@ impl Rocks {
             .iter()
             .map(|(queue, (from, until))| (key::numbered(*queue, *from), key::numbered(*queue, *until)))
             .collect();
-        self.pages().open().families().for_each(|(db, family)| sweep_family(db, family, &ranges));
+        self.pages().open().families().for_each(|(db, family)| sweep_family(db, family, &ranges, MIN_GARBAGE_BYTES));
         let swept = self.with(|db| {
             if let Some(family) = db.cf_handle(key::LOG) {
-                sweep_family(db, family, &ranges);
+                sweep_family(db, family, &ranges, MIN_GARBAGE_BYTES);
             }
             Ok(())
         });
@@ -168,7 +227,34 @@ impl Rocks {
         let ranges: Vec<_> = deleted.values().map(|(from, until)| (from.as_slice(), until.as_slice())).collect();
         let swept = self.with(|db| {
             if let Some(family) = db.cf_handle(key::NOTES) {
-                sweep_family(db, family, &ranges);
+                sweep_family(db, family, &ranges, MIN_GARBAGE_BYTES);
+            }
+            Ok(())
+        });
+        drop(swept); // closed meanwhile
+    }
+
+    /// As [`Rocks::sweep`], for bodies of these ids (both included).
+    pub fn sweep_bodies(&self, lowest: u64, highest: u64) {
+        let swept = self.with(|db| {
+            if let Some(family) = db.cf_handle(key::BODIES) {
+                let mut options = CompactOptions::default();
+                options.set_exclusive_manual_compaction(false);
+                // A body and its deletion, in a file each, are otherwise moved to the last level as they are, and stay.
+                options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+                let ids = [(key::body(lowest), key::body(highest))];
+                sweep_ranges(db, family, &ids, MIN_GARBAGE_BODY_BYTES, &options);
+            }
+            Ok(())
+        });
+        drop(swept); // closed meanwhile
+    }
+
+    /// Cleans up behind references to bodies that are gone. All of them are looked at: they are small.
+    pub fn sweep_references(&self) {
+        let swept = self.with(|db| {
+            if let Some(family) = db.cf_handle(key::BODY_REFERENCES) {
+                sweep_family(db, family, &[(&[][..], &[0xff][..])], u64::MAX);
             }
             Ok(())
         });
@@ -176,20 +262,30 @@ impl Rocks {
     }
 }
 
-/// The ranges come in order.
-fn sweep_family<K: AsRef<[u8]>>(db: &DB, family: &ColumnFamily, ranges: &[(K, K)]) {
+/// The ranges come in order, their ends included.
+fn sweep_family<K: AsRef<[u8]>>(db: &DB, family: &ColumnFamily, ranges: &[(K, K)], min_garbage_bytes: u64) {
     let mut options = CompactOptions::default();
     options.set_exclusive_manual_compaction(false);
+    sweep_ranges(db, family, ranges, min_garbage_bytes, &options);
+}
+
+fn sweep_ranges<K: AsRef<[u8]>>(
+    db: &DB,
+    family: &ColumnFamily,
+    ranges: &[(K, K)],
+    min_garbage_bytes: u64,
+    options: &CompactOptions,
+) {
     if ranges.len() <= MAX_RANGES {
         for (from, until) in ranges {
-            db.compact_range_cf_opt(family, Some(from), Some(until), &options);
+            db.compact_range_cf_opt(family, Some(from), Some(until), options);
         }
     } else if let ([(from, _), ..], [.., (_, until)]) = (ranges, ranges) {
-        db.compact_range_cf_opt(family, Some(from), Some(until), &options);
+        db.compact_range_cf_opt(family, Some(from), Some(until), options);
     }
     let number = |name: &CStr| db.property_int_value_cf(family, name).ok().flatten().unwrap_or(0);
     let (live, garbage) = (number(LIVE_BLOB_BYTES), number(GARBAGE_BLOB_BYTES));
-    if garbage > MIN_GARBAGE_BYTES && garbage > live / 2 {
+    if garbage > min_garbage_bytes && garbage > live / 2 {
         copy_live_blobs(db, family);
     }
 }

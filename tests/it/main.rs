@@ -33,5 +33,6 @@ mod recent_history;
 mod reply_to;
 mod routing;
 mod settle;
+mod shared_bodies;
 mod streams;
 mod tx;

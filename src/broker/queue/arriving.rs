@@ -16,7 +16,7 @@ use crate::{
         delay_headers::due_unix_ms,
         environment::Environment,
         extension::Extension,
-        message::Message,
+        message::{Body, Message},
         port::{Delivery, Effects, Offer},
         rules::{Overflow, QueueTraits},
     },
@@ -133,8 +133,12 @@ impl Queue {
             self.schedule(state);
         }
         if state.lanes.has_unwritten() {
-            let bytes = messages.iter().map(record::stored_len).sum();
-            state.unwritten.add(bytes);
+            state.unwritten.add(messages.iter().map(record::encoded_len).sum());
+            for message in messages {
+                if let Body::Shared(body) = message.body {
+                    state.unwritten.add_body(body);
+                }
+            }
             return self.mark_dirty(state);
         }
         if self.environment.budget.is_over() {

@@ -71,10 +71,10 @@ impl Chunk {
         chunk
     }
 
-    /// Tells the budget what the chunk's buffers have grown to.
+    /// Tells the budget what the chunk's buffers have grown to. Shared bodies are accounted for one by one.
     #[inline]
     fn account(&mut self) {
-        let now = self.buffers.data.capacity() + self.buffers.offsets.capacity() * 4 + self.shared_bytes;
+        let now = self.buffers.data.capacity() + self.buffers.offsets.capacity() * 4;
         if now != self.accounted_bytes {
             self.budget.grow(now);
             self.budget.shrink(mem::replace(&mut self.accounted_bytes, now));
@@ -93,9 +93,9 @@ impl Chunk {
         self.first + self.buffers.offsets.len() as u64
     }
 
-    /// Bytes in memory.
+    /// Bytes in memory, with bodies that other queues hold as well.
     pub fn resident_bytes(&self) -> usize {
-        self.accounted_bytes
+        self.accounted_bytes + self.shared_bytes
     }
 
     /// Whether the next record belongs into a new chunk.
@@ -109,8 +109,7 @@ impl Chunk {
     pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64) {
         let at = self.buffers.data.len() as u32;
         if let crate::broker::message::Body::Shared(body) = message.body {
-            self.shared.push((self.buffers.offsets.len() as u32, body.clone()));
-            self.shared_bytes += body.len();
+            self.keep_shared(body.clone());
         }
         if !message.extension.is_empty() {
             self.note_expiry(message.extension);
@@ -125,24 +124,39 @@ impl Chunk {
         self.account();
     }
 
-    /// Appends a record read back from the store at `seq`, which is not before [`Chunk::end`]; positions skipped are
-    /// absent. Damaged records are skipped as well.
-    pub fn append_record(&mut self, seq: u64, bytes: &[u8]) {
-        let Some(message) = record::decode(bytes, None) else { return };
+    /// Appends a record read back from the store at `seq`, which is not before [`Chunk::end`]: whole, or without the
+    /// `body` it ends with. Positions skipped are absent. Damaged records are skipped as well.
+    pub fn append_record(&mut self, seq: u64, bytes: &[u8], body: Option<&Bytes>) {
+        let split = match body {
+            Some(body) => Some((record::without_body(bytes), body.clone())),
+            None => record::share_body(bytes),
+        };
+        let decoded = match &split {
+            Some((kept, body)) => record::decode(kept, Some(body)),
+            None => record::decode(bytes, None),
+        };
+        let Some(message) = decoded else { return };
         self.note_expiry(message.extension);
         self.cover(seq);
         let at = self.buffers.data.len() as u32;
-        if let Some((kept, body)) = record::share_body(bytes) {
-            self.shared_bytes += body.len();
-            self.shared.push((self.buffers.offsets.len() as u32, body));
-            self.buffers.data.extend_from_slice(&kept);
-        } else {
-            self.buffers.data.extend_from_slice(bytes);
+        match split {
+            Some((kept, body)) => {
+                self.buffers.data.extend_from_slice(&kept);
+                self.keep_shared(body);
+            }
+            None => self.buffers.data.extend_from_slice(bytes),
         }
         self.buffers.offsets.push(at);
         self.live += 1;
         self.transient += u32::from(record::head(bytes).is_some_and(|head| !head.persistent));
         self.account();
+    }
+
+    /// Keeps the body of the record that is about to be appended.
+    fn keep_shared(&mut self, body: Bytes) {
+        self.budget.hold_body(&body);
+        self.shared_bytes += body.len();
+        self.shared.push((self.buffers.offsets.len() as u32, body));
     }
 
     fn note_expiry(&mut self, extension: &[u8]) {
@@ -233,7 +247,7 @@ impl Chunk {
             if let Ok(at) = self.shared.binary_search_by_key(&index, |(at, _)| *at) {
                 let body = mem::take(&mut self.shared[at].1);
                 self.shared_bytes -= body.len();
-                self.account();
+                self.budget.release_body(&body);
                 if self.shared.iter().all(|(_, body)| body.is_empty()) {
                     // Every record left in `shared` is consumed, so none of them is decoded again.
                     self.shared.clear();
@@ -262,6 +276,10 @@ impl Chunk {
 impl Drop for Chunk {
     fn drop(&mut self) {
         self.budget.shrink(self.accounted_bytes);
+        // Those that were let go are empty.
+        for (_, body) in self.shared.iter().filter(|(_, body)| !body.is_empty()) {
+            self.budget.release_body(body);
+        }
         if self.buffers.data.capacity() < 16 << 10 || self.buffers.data.capacity() > 2 * CHUNK_BYTES {
             return;
         }

@@ -8,10 +8,11 @@ use super::{
     Queue,
     attempts::Attempts,
     chunk::{CHUNK_BYTES, Chunk},
+    record,
     state::QueueState,
 };
 use crate::{
-    broker::port::Effects,
+    broker::{message::OwnedMessage, port::Effects},
     clock,
     store::{QueueId, Round, RoundBuilder, RoundSource},
 };
@@ -153,10 +154,9 @@ impl Queue {
 
     fn read_chunk(&self, id: QueueId, seq: u64, until: u64) -> Option<Chunk> {
         let mut chunk = Chunk::new(seq, CHUNK_BYTES, self.environment.budget.clone());
-        let read = self
-            .environment
-            .store
-            .read_records(id, seq, until, CHUNK_BYTES, &mut |at, record| chunk.append_record(at, record));
+        let read = self.environment.store.read_split_records(id, seq, until, CHUNK_BYTES, &mut |at, bytes, body| {
+            chunk.append_record(at, bytes, body)
+        });
         match read {
             Ok(end) => {
                 chunk.cover(if end > seq { end } else { until });
@@ -170,7 +170,7 @@ impl Queue {
     }
 
     /// Reads a message that is held, from memory or from the store. Nothing is locked by the caller.
-    pub fn read_held(&self, position: u64) -> Option<super::super::OwnedMessage> {
+    pub fn read_held(&self, position: u64) -> Option<OwnedMessage> {
         let (id, seq) = {
             let mut state = self.open();
             let (lane, seq) = state.lanes.find(position)?;
@@ -180,8 +180,11 @@ impl Queue {
             (lane.id, seq)
         };
         let mut found = None;
-        let read = self.environment.store.read_records(id, seq, seq + 1, 1, &mut |_, record| {
-            found = super::record::decode(record, None).as_ref().map(super::super::OwnedMessage::from);
+        let read = self.environment.store.read_split_records(id, seq, seq + 1, 1, &mut |_, bytes, body| {
+            found = match body {
+                Some(_) => record::decode(&record::without_body(bytes), body).as_ref().map(OwnedMessage::from),
+                None => record::decode(bytes, None).as_ref().map(OwnedMessage::from),
+            };
         });
         if let Err(error) = read {
             tracing::error!(queue = %self.options.name, vhost = %self.options.vhost, position = seq, %error, "a message cannot be read");
@@ -241,7 +244,7 @@ impl RoundSource for Queue {
                 lane.page_out(round, idle, &mut state.scratch);
             }
         }
-        // A large record made whole leaves a large buffer behind.
+        // A large record that was paged out leaves a large buffer behind.
         state.scratch.shrink_to(64 << 10);
     }
 

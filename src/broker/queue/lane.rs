@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{log::QueueLog, ranges::RangeSet};
+use super::{log::QueueLog, ranges::RangeSet, record};
 use crate::{
     broker::memory::MemoryBudget,
     store::{QueueId, QueueStateRecord, RoundBuilder, SEGMENT_RECORDS},
@@ -197,7 +197,7 @@ impl Lane {
     }
 
     /// Consumes everything ready; answers how much that was.
-    pub fn purge(&mut self, scratch: &mut Vec<u8>) -> u64 {
+    pub fn purge(&mut self) -> u64 {
         let purged = self.ready.messages;
         for (start, end) in self.log.purge() {
             self.dirty_segments.insert_range(start / SEGMENT_RECORDS, (end - 1) / SEGMENT_RECORDS + 1);
@@ -205,7 +205,7 @@ impl Lane {
         self.nothing_ready();
         // What no round has taken yet is in memory, so it can be counted.
         let mut unwritten = 0;
-        self.log.for_each_durable(self.written_to, scratch, &mut |_, _| unwritten += 1);
+        self.log.for_each_durable(self.written_to, &mut |_, _, _| unwritten += 1);
         self.unwritten = unwritten;
         self.consumption_unwritten = true;
         purged
@@ -253,7 +253,13 @@ impl Lane {
         if durable && self.unwritten > 0 {
             self.in_store = true;
             let id = self.id;
-            self.log.for_each_durable(self.written_to, scratch, &mut |seq, record| round.append(id, seq, record));
+            self.log.for_each_durable(self.written_to, &mut |seq, record, body| match body {
+                None => round.append(id, seq, record),
+                Some(body) => {
+                    record::before_body(record, scratch);
+                    round.append_with_body(id, seq, scratch, body);
+                }
+            });
             self.unwritten = 0;
         }
         self.written_to = self.log.tail();

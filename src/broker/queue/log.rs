@@ -8,8 +8,13 @@
 
 use std::{collections::VecDeque, sync::Arc};
 
+use bytes::Bytes;
+
 use super::{chunk::Chunk, ranges::RangeSet, record};
-use crate::broker::{memory::MemoryBudget, message::Message};
+use crate::{
+    broker::{memory::MemoryBudget, message::Message},
+    store::EachSplitRecord,
+};
 
 /// What stands at the cursor.
 pub enum Peek<'a> {
@@ -328,26 +333,20 @@ impl QueueLog {
     }
 
     /// The record at `seq`, if it is in memory, with whether it is durable.
-    pub fn record(&self, seq: u64) -> Option<(&[u8], Option<&bytes::Bytes>)> {
+    pub fn record(&self, seq: u64) -> Option<(&[u8], Option<&Bytes>)> {
         self.chunks[self.chunk_index(seq)?].record(seq)
     }
 
-    /// Calls `each` for every durable, unconsumed record in memory of `[from, tail)`, whole, in order.
-    pub fn for_each_durable(&self, from: u64, scratch: &mut Vec<u8>, each: &mut dyn FnMut(u64, &[u8])) {
+    /// Calls `each` for every durable, unconsumed record in memory of `[from, tail)`, in order, with the body that is kept
+    /// beside it.
+    pub fn for_each_durable(&self, from: u64, each: &mut EachSplitRecord<'_>) {
         let start = self.chunks.partition_point(|chunk| chunk.end() <= from);
         for chunk in self.chunks.range(start..) {
-            self.each_live(chunk, from, scratch, true, each);
+            self.each_live(chunk, from, true, each);
         }
     }
 
-    fn each_live(
-        &self,
-        chunk: &Chunk,
-        from: u64,
-        scratch: &mut Vec<u8>,
-        persistent: bool,
-        each: &mut dyn FnMut(u64, &[u8]),
-    ) {
+    fn each_live(&self, chunk: &Chunk, from: u64, persistent: bool, each: &mut EachSplitRecord<'_>) {
         let mut at = from.max(chunk.first()).max(self.head);
         while at < chunk.end() {
             if !self.consumed.is_empty()
@@ -359,13 +358,7 @@ impl QueueLog {
             if let Some((bytes, shared)) = chunk.record(at)
                 && record::head(bytes).is_some_and(|head| head.persistent == persistent)
             {
-                match shared {
-                    Some(body) => {
-                        record::whole(bytes, body, scratch);
-                        each(at, scratch);
-                    }
-                    None => each(at, bytes),
-                }
+                each(at, bytes, shared);
             }
             at += 1;
         }
@@ -399,7 +392,13 @@ impl QueueLog {
         for index in self.evictable(committed_to, idle) {
             let chunk = &self.chunks[index];
             if chunk.transient > 0 && !chunk.paged {
-                self.each_live(chunk, chunk.first(), scratch, false, each);
+                self.each_live(chunk, chunk.first(), false, &mut |seq, bytes, shared| match shared {
+                    Some(body) => {
+                        record::whole(bytes, body, scratch);
+                        each(seq, scratch);
+                    }
+                    None => each(seq, bytes),
+                });
                 bytes += chunk.resident_bytes();
                 self.chunks[index].paged = true;
                 if bytes >= limit_bytes {

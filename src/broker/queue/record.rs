@@ -2,8 +2,8 @@
 //!
 //! Layout, little-endian: `flags:u8 properties_len:u24 body_len:u32 published:u40 [extension_len:u16 extension] names properties
 //! body`. `published` is in milliseconds since [`EPOCH_UNIX_MS`]; the extension is there if the flags say so; `names` are two
-//! short strings, so they tell their own length. The body of a [`SHARED`] record stands beside the chunk in memory; on disk
-//! every record is whole.
+//! short strings, so they tell their own length. The body of a [`SHARED`] record stands beside the chunk in memory; the store
+//! is given every record whole, or in two parts that are whole when they are put together.
 
 use bytes::Bytes;
 
@@ -123,6 +123,24 @@ pub fn whole(record: &[u8], shared: &Bytes, out: &mut Vec<u8>) {
     out.extend_from_slice(shared);
 }
 
+/// What stands before the body in a whole record; `record` is the one whose body is beside it.
+pub fn before_body(record: &[u8], out: &mut Vec<u8>) {
+    out.clear();
+    out.extend_from_slice(record);
+    if let Some(flags) = out.first_mut() {
+        *flags &= !SHARED;
+    }
+}
+
+/// The inverse of [`before_body`].
+pub fn without_body(before_body: &[u8]) -> Vec<u8> {
+    let mut kept = before_body.to_vec();
+    if let Some(flags) = kept.first_mut() {
+        *flags |= SHARED;
+    }
+    kept
+}
+
 /// Takes the body out of a whole record read from the store when it is large enough to be shared.
 pub fn share_body(record: &[u8]) -> Option<(Vec<u8>, Bytes)> {
     let body_len = head(record)?.body_len;
@@ -153,7 +171,13 @@ mod tests {
             prop_assert_eq!(record.len(), encoded_len(&message));
             prop_assert_eq!(head(&record).unwrap().published_unix_ms, EPOCH_UNIX_MS + 123_456);
             let mut on_disk = record.clone();
-            if shared { whole(&record, &bytes, &mut on_disk); }
+            if shared {
+                whole(&record, &bytes, &mut on_disk);
+                let mut head = Vec::new();
+                before_body(&record, &mut head);
+                prop_assert_eq!(&[&head[..], &body[..]].concat(), &on_disk);
+                prop_assert_eq!(&without_body(&head), &record);
+            }
             for (record, beside) in [(&record, shared.then_some(&bytes)), (&on_disk, None)] {
                 let read = decode(record, beside).unwrap();
                 prop_assert_eq!((read.names, read.properties, read.body.as_slice(), read.persistent, read.extension), (&names[..], &properties[..], &body[..], persistent, &extension[..]));

@@ -415,7 +415,7 @@ impl QueueState {
     pub(super) fn purge(&mut self) -> u64 {
         let mut purged = 0;
         for lane in self.lanes.iter_mut() {
-            purged += lane.purge(&mut self.scratch);
+            purged += lane.purge();
         }
         self.return_order.clear();
         let parked = self.groups.as_mut().map(|groups| groups.take_parked()).unwrap_or_default();

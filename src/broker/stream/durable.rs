@@ -135,7 +135,7 @@ impl Stream {
                 });
                 if is_wanted {
                     kept += bytes.len();
-                    chunk.append_record(offset, bytes);
+                    chunk.append_record(offset, bytes, None);
                 }
             });
             match read {

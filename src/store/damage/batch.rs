@@ -117,7 +117,8 @@ fn is_key_of(family: &str, tag: u8, key: &[u8]) -> bool {
     match family {
         key::LOG | key::CONSUMED if tag == DELETE_RANGE => matches!(key.len(), 8 | 16),
         key::LOG | key::CONSUMED => key.len() == 16,
-        key::STATE => key.len() == 8,
+        key::STATE | key::BODIES => key.len() == 8,
+        key::BODY_REFERENCES => matches!((key.first(), key.len()), (Some(0..=2), 9) | (Some(1), 17)),
         key::NOTES => key.len() >= key::OWNER_BYTES,
         key::META | key::META_COPY => matches!(key.first(), Some(0 | 1)),
         _ => !key.is_empty(), // of a later version
@@ -210,7 +211,12 @@ mod tests {
             (0..10).for_each(|seq| drop(runs.append(QueueId(id), seq, format!("record {seq} of {id}").as_bytes())));
             let run = runs.finish().unwrap();
             let start = batch.len();
-            put(&mut batch, 2, &key::numbered(QueueId(id), 0), runs.bytes(&run));
+            put(
+                &mut batch,
+                2,
+                &key::numbered(QueueId(id), 0),
+                runs.encoded(&run, &mut Vec::new(), &mut |_, _| unreachable!("no large bodies")),
+            );
             entries.push(start..batch.len());
             let state = recovery::encode_state(QueueId(id), &Default::default());
             let start = batch.len();

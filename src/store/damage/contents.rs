@@ -70,6 +70,9 @@ pub fn restore(rocks: &Rocks, restored: &Restored) -> Result<(), StoreError> {
     if restored.has_lost_of(key::LOG) {
         restore_large(rocks, restored, key::LOG, &|key| within(key::LOG, key))?;
     }
+    if restored.has_lost_of(key::BODIES) {
+        restore_large(rocks, restored, key::BODIES, &|key| within(key::BODIES, key))?;
+    }
     let blocks_only = !restored.tables.iter().any(|(family, _)| family == key::NOTES);
     if restored.has_lost_of(key::NOTES) && blocks_only {
         restore_large(rocks, restored, key::NOTES, &|key| within(key::NOTES, key))?;
@@ -111,6 +114,7 @@ fn restore_entry(rocks: &Rocks, family: &str, key: &[u8], value: &[u8]) -> Resul
         let there = db.get_cf(handle, key).unwrap_or(None);
         let is_wanted = match (family, &there) {
             (key::LOG, None) => is_unconsumed(db, key, value)?,
+            (key::BODIES, None) => is_referred_to(db, key)?,
             (key::STATE, Some(there)) => is_later_state(key, value, there),
             (key::CONSUMED, Some(there)) => covered(key, value) > covered(key, there),
             (_, None) => true,
@@ -131,7 +135,14 @@ fn is_unconsumed(db: &DB, key: &[u8], value: &[u8]) -> Result<bool, StoreError> 
     let Some(state) = state.and_then(|state| recovery::decode_state(queue, &state)) else { return Ok(true) };
     let mut reader = RunReader::new(queue, first);
     let last = std::iter::from_fn(|| reader.next(value)).flatten().last();
-    Ok(last.is_some_and(|(seq, _)| seq >= state.head))
+    Ok(last.is_some_and(|entry| entry.seq >= state.head))
+}
+
+/// Whether a body has references. What has none was deleted.
+fn is_referred_to(db: &DB, key: &[u8]) -> Result<bool, StoreError> {
+    let references = db.cf_handle(key::BODY_REFERENCES).ok_or(StoreError::Closed)?;
+    let count = key::parse_body(key).map(|id| db.get_cf(references, key::body_count(id)).unwrap_or(None));
+    Ok(count.flatten().is_some())
 }
 
 fn is_later_state(key: &[u8], value: &[u8], there: &[u8]) -> bool {
@@ -391,7 +402,9 @@ pub fn settle(rocks: &Rocks, restored: &Restored) -> Result<(), StoreError> {
                 db.compact_range_cf_opt(family, Some(&range.after), Some(&range.until), &options);
             }
         }
-        for name in [key::META, key::META_COPY, key::LOG, key::STATE, key::CONSUMED, key::NOTES] {
+        let large = [key::LOG, key::NOTES, key::BODIES];
+        let small = [key::META, key::META_COPY, key::STATE, key::CONSUMED, key::BODY_REFERENCES];
+        for name in small.into_iter().chain(large) {
             if let Some(family) = db.cf_handle(name) {
                 db.flush_cf(family).map_err(failed)?;
             }

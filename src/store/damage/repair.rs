@@ -133,7 +133,7 @@ fn apply(
         }
     }
     let families = inspection.catalog.version.families.values();
-    let of_large = families.filter(|family| matches!(family.name.as_str(), key::LOG | key::NOTES));
+    let of_large = families.filter(|family| matches!(family.name.as_str(), key::LOG | key::NOTES | key::BODIES));
     for family in of_large {
         let files = family.live_blobs().map(|(number, file)| (blob_name(number), file));
         restored.blob_files.entry(family.name.clone()).or_default().extend(files.map(|(name, file)| {
@@ -217,7 +217,7 @@ fn unfinished(path: &Path) -> io::Result<Restored> {
         let data = fs::metadata(directory.join(name))?.len();
         let bytes = data.saturating_sub((blob::HEADER_BYTES + blob::FOOTER_BYTES) as u64);
         let known = super::BlobFile { bytes, ..super::BlobFile::default() };
-        for family in [key::LOG, key::NOTES] {
+        for family in [key::LOG, key::NOTES, key::BODIES] {
             restored.blob_files.entry(family.to_owned()).or_default().push((directory.join(name), known));
         }
     }

@@ -1,5 +1,6 @@
 //! Tests of the store as a whole. What they share: a queue that does as it is told, and a hook on the commit thread.
 
+mod bodies;
 mod checkpoint;
 mod damage;
 mod failing;
@@ -55,6 +56,7 @@ struct TestQueueState {
 #[derive(Clone, Debug)]
 enum Change {
     Append(QueueSeq, Vec<u8>),
+    AppendWithBody(QueueSeq, Vec<u8>, Bytes),
     Page(QueueSeq, Vec<u8>),
     State(QueueStateRecord),
     Consumed(u64, Vec<(QueueSeq, QueueSeq)>),
@@ -104,6 +106,7 @@ impl RoundSource for TestQueue {
         for change in std::mem::take(&mut state.changes) {
             match change {
                 Change::Append(seq, record) => round.append(self.id, seq, &record),
+                Change::AppendWithBody(seq, head, body) => round.append_with_body(self.id, seq, &head, &body),
                 Change::Page(seq, record) => round.page_out(self.id, seq, &record),
                 Change::State(record) => round.put_state(self.id, &record),
                 Change::Consumed(segment, ranges) => round.put_consumed(self.id, segment, &ranges),

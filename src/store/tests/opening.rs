@@ -64,21 +64,21 @@ fn a_later_versions_families_do_not_hide_its_format() {
         let mut later = rocksdb::Options::default();
         later.create_if_missing(true);
         later.create_missing_column_families(true);
-        let db = rocksdb::DB::open_cf(&later, directory.path(), [key::META, "bodies"]).unwrap();
+        let db = rocksdb::DB::open_cf(&later, directory.path(), [key::META, "what comes next"]).unwrap();
         db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 4u64.to_be_bytes()).unwrap();
     }
     let error = Store::open(options(directory.path())).err().unwrap();
     assert!(matches!(error, StoreError::UnknownFormat { found: 4, known: 3, .. }), "{error}");
 }
 
-/// Makes of a directory what a version without notes would have left.
+/// Makes of a directory what a version without notes and bodies would have left.
 fn downgrade(path: &Path) {
-    let families = ["default", key::META, key::META_COPY, key::LOG, key::STATE, key::CONSUMED, key::NOTES];
+    let later = [key::NOTES, key::META_COPY, key::BODIES, key::BODY_REFERENCES];
+    let families = ["default", key::META, key::LOG, key::STATE, key::CONSUMED].into_iter().chain(later);
     let mut options = rocksdb::Options::default();
     options.set_wal_recovery_mode(rocksdb::DBRecoveryMode::PointInTime);
     let mut db = rocksdb::DB::open_cf(&options, path, families).unwrap();
-    db.drop_cf(key::NOTES).unwrap();
-    db.drop_cf(key::META_COPY).unwrap();
+    later.into_iter().for_each(|family| db.drop_cf(family).unwrap());
     db.put_cf(db.cf_handle(key::META).unwrap(), key::FORMAT_KEY, 1u64.to_be_bytes()).unwrap();
 }
 

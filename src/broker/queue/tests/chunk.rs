@@ -17,10 +17,10 @@ fn a_chunk_knows_which_of_its_positions_are_absent() {
     };
     let mut chunk = Chunk::new(100, 0, budget.clone());
     assert_eq!((chunk.first(), chunk.end()), (100, 100));
-    chunk.append_record(103, &record(b"three", true));
-    chunk.append_record(104, &record(b"four", false));
-    chunk.append_record(109, &record(&[7; 20_000], true));
-    chunk.append_record(110, &record(b"cut", true)[..9]);
+    chunk.append_record(103, &record(b"three", true), None);
+    chunk.append_record(104, &record(b"four", false), None);
+    chunk.append_record(109, &record(&[7; 20_000], true), None);
+    chunk.append_record(110, &record(b"cut", true)[..9], None);
     chunk.cover(115);
     chunk.cover(112);
     assert_eq!((chunk.first(), chunk.end(), chunk.live, chunk.transient), (100, 115, 3, 1));

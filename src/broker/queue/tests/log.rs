@@ -112,8 +112,11 @@ impl LogSubject {
             }
             LogStep::Evict => {
                 let stored = &mut self.stored;
-                self.log
-                    .for_each_durable(0, &mut Vec::new(), &mut |seq, record| drop(stored.insert(seq, record.to_vec())));
+                self.log.for_each_durable(0, &mut |seq, record, body| {
+                    let mut whole = record.to_vec();
+                    body.into_iter().for_each(|body| record::whole(record, body, &mut whole));
+                    stored.insert(seq, whole);
+                });
                 let committed_to = self.log.tail();
                 self.log.page_out(committed_to, false, usize::MAX, &mut Vec::new(), &mut |seq, record| {
                     drop(stored.insert(seq, record.to_vec()))
@@ -143,7 +146,7 @@ impl LogSubject {
                     assert!(!self.log.is_resident(at));
                     let until = self.log.resident_after(at).min(at + 50);
                     let mut chunk = Chunk::new(at, CHUNK_BYTES, self.budget.clone());
-                    self.stored.range(at..until).for_each(|(seq, record)| chunk.append_record(*seq, record));
+                    self.stored.range(at..until).for_each(|(seq, record)| chunk.append_record(*seq, record, None));
                     chunk.cover(until);
                     self.log.install(chunk);
                     assert!(self.log.is_resident(at));
@@ -174,7 +177,7 @@ impl LogSubject {
         }
         assert_eq!(self.log.has_ready(), self.model.values().any(|(place, ..)| matches!(place, Place::Ready { .. })));
         let mut durable = Vec::new();
-        self.log.for_each_durable(0, &mut Vec::new(), &mut |seq, _| durable.push(seq));
+        self.log.for_each_durable(0, &mut |seq, _, _| durable.push(seq));
         let resident = |seq: &u64| self.log.is_resident(*seq);
         let expected: Vec<u64> =
             self.model.iter().filter(|of| is_open(of) && of.1.2).map(|(seq, _)| *seq).filter(resident).collect();
@@ -223,7 +226,7 @@ proptest! {
         for seq in head..tail {
             let mut record = Vec::new();
             record::encode(&mut record, &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true, extension: &[] }, 0);
-            chunk.append_record(seq, &record);
+            chunk.append_record(seq, &record, None);
         }
         log.install(chunk);
         let mut handed_out = Vec::new();
@@ -249,9 +252,9 @@ fn positions_without_a_record_are_passed_over_and_counted() {
         &Message { names: &[0, 0], properties: &[0, 0], body: Body::Inline(b"x"), persistent: true, extension: &[] },
         0,
     );
-    chunk.append_record(12, &record);
-    chunk.append_record(17, &record);
-    chunk.append_record(18, b"not a record");
+    chunk.append_record(12, &record, None);
+    chunk.append_record(17, &record, None);
+    chunk.append_record(18, b"not a record", None);
     chunk.cover(20);
     log.install(chunk);
     let mut lost = 0;
@@ -287,7 +290,7 @@ fn chunks_that_come_late_or_hold_nothing_do_not_stay() {
     let mut log = QueueLog::recovered(budget.clone(), 0, 0, 10, &[]);
     let read = || {
         let mut chunk = Chunk::new(0, CHUNK_BYTES, budget.clone());
-        (0..5).for_each(|seq| chunk.append_record(seq, &record()));
+        (0..5).for_each(|seq| chunk.append_record(seq, &record(), None));
         chunk
     };
     let late = read();

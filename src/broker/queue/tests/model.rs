@@ -37,6 +37,10 @@ impl ModelConsumer {
     }
 }
 
+fn ample() -> Arc<MemoryBudget> {
+    Arc::new(MemoryBudget::new(1 << 40))
+}
+
 // Steps
 
 #[derive(Clone, Debug)]
@@ -132,6 +136,8 @@ struct Subject {
     store: Arc<Store>,
     budget: Arc<MemoryBudget>,
     queue: Arc<Queue>,
+    /// Gets every message as well, in the same round, and is purged now and then. So large bodies are shared.
+    twin: Arc<Queue>,
     events: EventLog,
     getter: Arc<FakePort>,
     // The model
@@ -149,6 +155,7 @@ impl Subject {
         let (store, _) = open(directory.path(), linger, &failing);
         let budget = Arc::new(MemoryBudget::new(budget_bytes));
         let queue = plain_queue(durable, store.allocate_queue_id(), &store, &budget, None);
+        let twin = plain_queue(durable, store.allocate_queue_id(), &store, &ample(), None);
         let events = EventLog::default();
         let getter = FakePort::new(&events);
         Subject {
@@ -159,6 +166,7 @@ impl Subject {
             store,
             budget,
             queue,
+            twin,
             events,
             getter,
             ready: VecDeque::new(),
@@ -205,7 +213,10 @@ impl Subject {
                 assert_eq!(purged, self.ready.len() as u64, "purged");
                 self.ready.clear();
             }
-            Step::Sweep => self.queue.offer_eviction(),
+            Step::Sweep => {
+                self.queue.offer_eviction();
+                self.twin.purge();
+            }
             Step::Flush => self.flush(),
             Step::Restart => {
                 self.flush();
@@ -262,7 +273,10 @@ impl Subject {
             .collect();
         self.ready.extend(messages);
         self.next_id += count as u64;
+        let one_round = self.store.atomic();
+        self.twin.publish(&outgoing, effects);
         let round = self.queue.publish(&outgoing, effects);
+        drop(one_round);
         assert!(self.durable || round == 0, "a round for a queue that is not durable");
     }
 
@@ -429,7 +443,8 @@ impl Subject {
 
     /// Brings everything up to now into a round that is committed.
     fn flush(&mut self) {
-        let round = self.queue.mark_dirty(&mut self.queue.open());
+        let round_of_twin = self.twin.mark_dirty(&mut self.twin.open());
+        let round = self.queue.mark_dirty(&mut self.queue.open()).max(round_of_twin);
         let outcome = futures_lite::future::block_on(self.store.durable(round));
         assert_eq!(outcome.is_err(), self.failing.0.load(Ordering::SeqCst));
     }
@@ -445,17 +460,16 @@ impl Subject {
 
     fn reopen(&mut self, survivors: VecDeque<Msg>) {
         self.take_events();
-        let id = self.queue.id;
         self.failing = Arc::new(Failing::default());
         self.budget = Arc::new(MemoryBudget::new(self.budget.limit_bytes()));
         let (store, recovered) = open(self.directory.path(), self.linger, &self.failing);
         self.store = store;
-        let record = recovered.states.iter().find(|(queue, _)| *queue == id).map(|(_, record)| *record);
-        let (store, budget) = (self.store.clone(), self.budget.clone());
-        self.queue = match record {
-            Some(record) => plain_queue(self.durable, id, &store, &budget, Some(record)),
-            None => plain_queue(self.durable, id, &store, &budget, None),
+        let again = |id: QueueId, budget: &Arc<MemoryBudget>| {
+            let record = recovered.states.iter().find(|(queue, _)| *queue == id).map(|(_, record)| *record);
+            plain_queue(self.durable, id, &self.store, budget, record)
         };
+        self.queue = again(self.queue.id, &self.budget);
+        self.twin = again(self.twin.id, &ample());
         assert_eq!(self.store.stats().damaged_records, 0);
         self.consumers.clear();
         self.got.clear();
@@ -470,7 +484,9 @@ impl Subject {
         assert!(self.ready.is_empty());
         self.run(Step::Settle { which: 0, from: 0, count: usize::MAX / 2, requeue: false });
         self.run(Step::SettleGot { from: 0, count: usize::MAX / 2, requeue: false });
+        self.twin.purge();
         self.run(Step::Flush);
+        assert_eq!(self.store.body_counts(), (0, 0));
         assert_eq!(self.queue.counts(), Counts { consumers: 1, ..Counts::default() });
         assert!(self.queue.resident_bytes() <= 4 << 10, "an empty queue holds {} bytes", self.queue.resident_bytes());
     }
