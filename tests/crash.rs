@@ -42,7 +42,7 @@ fn a_broker_killed_while_it_recovers_recovers_the_next_time() {
 #[test]
 fn transient_queues_and_their_messages_end_with_the_broker_and_stale_pages_go() {
     let directory = DataDir::new();
-    let broker = Broker::start(&directory.path(), &["--memory-budget", "1MiB"]).expect("starts");
+    let broker = Broker::start(&directory.path(), &["--memory-budget", "12MiB"]).expect("starts");
     let mut client = Client::connect(broker.address).expect("connects");
     client.declare_queue("kept", true, false).expect("declared");
     client.declare_queue("gone", false, false).expect("declared");

@@ -51,7 +51,8 @@ const DISK_SLACK_KIB: u64 = 64 << 10;
 
 /// Small limits, so that they are met soon: memory has to be given up, files are compacted all the time, and the cache of
 /// blocks, which fills slowly, is full long before it is looked at.
-const ARGUMENTS: [&str; 6] = ["--memory-budget", "8MiB", "--store-write-buffer", "4MiB", "--store-block-cache", "2MiB"];
+const ARGUMENTS: [&str; 6] =
+    ["--memory-budget", "12MiB", "--store-write-buffer", "4MiB", "--store-block-cache", "2MiB"];
 
 /// The queues whose messages are counted.
 const QUEUES: [&str; 13] = [

@@ -383,7 +383,7 @@ fn declare_all(address: SocketAddr) -> Answer<()> {
 fn arguments(rng: &mut Rng, process_alone: bool) -> Vec<&'static str> {
     let mut arguments = Vec::new();
     if rng.one_in(2) {
-        arguments.extend(["--memory-budget", "1MiB"]);
+        arguments.extend(["--memory-budget", "12MiB"]);
     }
     if rng.one_in(2) {
         arguments.extend(["--store-write-buffer", "1MiB"]);

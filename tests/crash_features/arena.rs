@@ -154,7 +154,7 @@ impl Arena {
         let known = threads.into_iter().map(|thread| thread.join().expect("no client panics")).collect();
         let mut arguments = Vec::new();
         if self.rng.one_in(2) {
-            arguments.extend(["--memory-budget", "1MiB"]);
+            arguments.extend(["--memory-budget", "12MiB"]);
         }
         if self.rng.one_in(2) {
             arguments.extend(["--store-write-buffer", "1MiB"]);
