@@ -23,10 +23,9 @@ impl DirectoryLock {
         let failed = |error: io::Error| StoreError::Open { path: path.to_owned(), reason: error.to_string() };
         let directory = File::open(path).map_err(failed)?;
         let in_use = || StoreError::InUse { path: path.to_owned() };
-        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use()),
-            // A file system without such locks: RocksDB's has to do.
-            Ok(()) | Err(_) => {}
+        // Any other error is that of a file system without such locks: RocksDB's has to do.
+        if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            return Err(in_use());
         }
         // Versions that do not lock the directory. Closing the file gives up this process's locks on it, of which there
         // are none: the directory is ours.

@@ -208,7 +208,10 @@ mod tests {
         let (mut batch, mut entries) = (vec![0; HEADER_BYTES], Vec::new());
         for id in 1..=10 {
             let mut runs = RunWriter::default();
-            (0..10).for_each(|seq| drop(runs.append(QueueId(id), seq, format!("record {seq} of {id}").as_bytes())));
+            for seq in 0..10 {
+                let cut = runs.append(QueueId(id), seq, format!("record {seq} of {id}").as_bytes());
+                assert_eq!(cut, None);
+            }
             let run = runs.finish().unwrap();
             let start = batch.len();
             put(
