@@ -28,8 +28,8 @@ pub fn copy(from: &Path, to: &Path) {
             copy(&entry.path(), &target);
         } else if name.ends_with(".sst") || name.ends_with(".blob") {
             fs::hard_link(entry.path(), target).unwrap();
-        } else {
-            fs::copy(entry.path(), target).unwrap();
+        } else if entry.file_type().unwrap().is_file() {
+            fs::copy(entry.path(), target).unwrap(); // not a killed broker's socket
         }
     }
 }
