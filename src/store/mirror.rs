@@ -25,6 +25,9 @@ const NOTED: &str = "noted";
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_secs(1);
 
+/// Between two tables that are verified in the background: the disk has other things to do.
+const BETWEEN_TABLES: Duration = Duration::from_millis(100);
+
 /// With more queues than this written since the start, their tails are not noted: that would be a lot to write each second.
 const MAX_TAILS: usize = 10_000;
 
@@ -126,10 +129,10 @@ impl Mirror {
         if tails.len() < MAX_TAILS { tails.clone() } else { BTreeMap::new() }
     }
 
-    /// Waits for the next look. False: there will be none.
-    fn wait(&self) -> bool {
+    /// Waits before the next look. False: there will be none.
+    fn wait(&self, interval: Duration) -> bool {
         let mut stop = self.stop.lock();
-        self.wake.wait_while_for(&mut stop, |stop| !*stop, INTERVAL);
+        self.wake.wait_while_for(&mut stop, |stop| !*stop, interval);
         !*stop
     }
 
@@ -153,14 +156,14 @@ impl Rocks {
         let mut failed = false;
         let goes_on = || {
             self.renew_mirror(&mut false);
-            !*self.mirror().stop.lock()
+            self.mirror().wait(BETWEEN_TABLES)
         };
         if let Some((file, what)) = verify_later(self.path(), unverified, &goes_on) {
             self.count_damage();
             let path = self.path().display();
             tracing::error!(file, "{what}; stop the broker and run 'leveret check --repair --data-dir {path}'");
         }
-        while self.mirror().wait() {
+        while self.mirror().wait(INTERVAL) {
             self.renew_mirror(&mut failed);
         }
     }
