@@ -1,5 +1,5 @@
 //! A data directory of a real broker that was killed twice: durable queues with messages of all sizes, acknowledged out of
-//! order, with priorities, delayed; in tables, blob files and the write-ahead log.
+//! order, with priorities, delayed, in common to several queues; in tables, blob files and the write-ahead log.
 
 use std::{path::Path, time::Duration};
 
@@ -27,6 +27,9 @@ const PHASES: u64 = 3;
 const BATCH: usize = 40;
 const ACKED_OF_HOLES: u64 = 3;
 const LATER: u64 = 60;
+/// Queues of a fanout, with large messages in common.
+const COPIES: [&str; 2] = ["copy.1", "copy.2"];
+const COPIED: u64 = 10;
 
 fn table<const N: usize>(entries: [(&str, AMQPValue); N]) -> FieldTable {
     let mut table = FieldTable::default();
@@ -98,6 +101,11 @@ pub fn fill(path: &Path) {
             }
             publisher.settle();
         }
+        for _ in 0..COPIED {
+            let len = rng.range(20_000..60_000);
+            publisher.publish("everyone", "", &persistent(), &body(&mut rng, len));
+        }
+        publisher.settle();
         for level in 0..90u8 {
             let properties = persistent().with_priority(level % 4);
             publisher.publish("", "levels", &properties, &body(&mut rng, 200));
@@ -126,6 +134,11 @@ fn declare(client: &mut Client) {
     }
     client.declare_queue_with("levels", table([("x-max-priority", AMQPValue::LongInt(3))])).unwrap();
     client.declare_queue_with("later", table([("x-delayed", AMQPValue::Boolean(true))])).unwrap();
+    client.declare_exchange("everyone", "fanout", false).unwrap();
+    for queue in COPIES {
+        client.declare_queue(queue, true, false).unwrap();
+        client.bind(queue, "everyone", "").unwrap();
+    }
     client.declare_exchange("news", "topic", false).unwrap();
     for (number, (queue, ..)) in QUEUES.iter().enumerate() {
         for key in 0..40 {
@@ -156,7 +169,8 @@ fn acknowledge_some(client: &mut Client) {
 pub fn verify(contents: &Contents) {
     let messages: u64 = contents.states.values().map(|state| state.message_count).sum();
     assert_eq!(messages, contents.ready.len() as u64);
-    let published: u64 = QUEUES.iter().map(|(_, count, _)| PHASES * count).sum::<u64>() + PHASES * 90;
+    let published: u64 =
+        QUEUES.iter().map(|(_, count, _)| PHASES * count).sum::<u64>() + PHASES * (90 + COPIES.len() as u64 * COPIED);
     let of_holes: u64 = (0..200).filter(|at| (2..2 + ACKED_OF_HOLES).contains(&(at % 6))).count() as u64;
     // Unacknowledged messages of an earlier phase come first in the next one.
     assert_eq!(messages, published - PHASES * (of_holes + 30));
