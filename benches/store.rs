@@ -49,7 +49,7 @@ struct Confirms {
 }
 
 impl WatermarkListener for Confirms {
-    fn on_watermark(&self, watermark: Round) {
+    fn on_watermark(&self, watermark: Round, _: bool) {
         *self.watermark.lock().expect("not poisoned") = watermark;
         self.moved.notify_one();
     }

@@ -83,6 +83,14 @@ pub async fn serve(mut socket: TcpStream, peer: SocketAddr, shared: Arc<Shared>)
         }
     }));
     let (reader, writer) = socket.into_split();
+    let writer = Arc::new(writer);
+    let (socket_of, sender_of) = (Arc::downgrade(&writer), Arc::downgrade(&handle));
+    handle.outbox.on_little(Box::new(move |bytes| {
+        let (Some(socket), Some(handle)) = (socket_of.upgrade(), sender_of.upgrade()) else { return 0 };
+        handle.note_sent();
+        // An error is the writer's to meet.
+        socket.try_write(bytes).unwrap_or(0)
+    }));
     handle.outbox.wake_writer();
     let connection = Connection {
         writer: Some(tokio::spawn(write_loop(writer, handle.clone()))),

@@ -11,7 +11,7 @@ use crate::session::{WriteBuffer, WriteCursor};
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Writes until the outbox is closed, or finished and empty.
-pub async fn write_loop(socket: OwnedWriteHalf, handle: Arc<Handle>) {
+pub async fn write_loop(socket: Arc<OwnedWriteHalf>, handle: Arc<Handle>) {
     let outbox = handle.outbox.clone();
     let mut batch = WriteBuffer::default();
     loop {

@@ -29,6 +29,11 @@ impl WriteBuffer {
         self.bytes.is_empty()
     }
 
+    /// Whether nothing is spliced in.
+    pub fn is_plain(&self) -> bool {
+        self.splices.is_empty()
+    }
+
     /// Appends the frames of a shared body without copying it.
     pub fn body_frames(&mut self, channel: u16, body: &Bytes, frame_max: u32) {
         let max = encode::body_payload_max(frame_max);

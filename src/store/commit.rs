@@ -12,8 +12,8 @@
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
@@ -26,6 +26,9 @@ use super::{DiskCondition, Round, RoundBuilder, RoundSource, StoreError, StoreOp
 
 /// A round of this size is worth a look at the free space before it is written.
 const LARGE_ROUND_BYTES: usize = 1024 * 1024;
+
+/// How long after the first change of a round somebody may be expected to wait for it.
+const AWAITED_SOON: Duration = Duration::from_micros(15);
 
 /// Whatever a thread does while it holds one is in one round: the commit thread cuts no round meanwhile.
 ///
@@ -55,6 +58,8 @@ pub(super) struct Committer {
     dirty: Mutex<Dirty>,
     /// The commit thread sleeps on it, and nobody else.
     wake: Condvar,
+    /// Somebody has begun to wait for a round since it was last looked at. No more than a hint.
+    hurried: AtomicBool,
     pub watermark: Watermark,
     pub space: Space,
     rounds: AtomicU64,
@@ -120,6 +125,7 @@ impl Committer {
                 stop: Stop::No,
             }),
             wake: Condvar::new(),
+            hurried: AtomicBool::new(false),
             watermark: Watermark::new(),
             rounds: AtomicU64::new(0),
             records: AtomicU64::new(0),
@@ -179,6 +185,7 @@ impl Committer {
         dirty.awaited = true;
         dirty.wanted = true;
         drop(dirty);
+        self.hurried.store(true, Ordering::Relaxed);
         self.wake.notify_one();
     }
 
@@ -233,6 +240,15 @@ impl Committer {
             self.wake.wait(&mut dirty);
         }
         if !dirty.awaited && !self.options.linger.is_zero() {
+            // Whoever has just made the first change of a round most likely says in a moment that it waits for it. To fall
+            // asleep for that would cost more than to look.
+            self.hurried.store(false, Ordering::Relaxed);
+            MutexGuard::unlocked(&mut dirty, || {
+                let until = Instant::now() + AWAITED_SOON;
+                while !self.hurried.load(Ordering::Relaxed) && Instant::now() < until {
+                    std::hint::spin_loop();
+                }
+            });
             let deadline = Instant::now() + self.options.linger;
             while !dirty.awaited && dirty.stop == Stop::No {
                 if self.wake.wait_until(&mut dirty, deadline).timed_out() {

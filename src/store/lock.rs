@@ -24,7 +24,7 @@ impl DirectoryLock {
         let directory = File::open(path).map_err(failed)?;
         let in_use = || StoreError::InUse { path: path.to_owned() };
         // Any other error is that of a file system without such locks: RocksDB's has to do.
-        if let Err(rustix::io::Errno::WOULDBLOCK) = flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        if flock(&directory, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK) {
             return Err(in_use());
         }
         // Versions that do not lock the directory. Closing the file gives up this process's locks on it, of which there

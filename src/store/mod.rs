@@ -121,7 +121,9 @@ pub trait RoundSource: Send + Sync {
 /// Someone who wants to hear that the watermark has reached a round.
 pub trait WatermarkListener: Send + Sync {
     /// Called by the commit thread (or at once by the registering thread) with the new watermark.
-    fn on_watermark(&self, watermark: Round);
+    ///
+    /// `few` says that hardly anybody else waits to be told, so that a system call does no harm.
+    fn on_watermark(&self, watermark: Round, few: bool);
 }
 
 /// What a confirm waits for.

@@ -12,6 +12,9 @@ use super::{Round, StoreError, WatermarkListener};
 /// The end of a failure that lasts.
 const LASTING: Round = Round::MAX;
 
+/// So many listeners may each take the time of a system call.
+const FEW: usize = 2;
+
 /// The watermark, and who waits for it.
 ///
 /// # Invariants
@@ -102,8 +105,9 @@ impl Watermark {
         self.reached.store(round, Ordering::Release);
         self.published.send_replace(round);
         let due: Vec<_> = self.waiters.lock().extract_if(.., |(awaited, _)| *awaited <= round).collect();
+        let few = due.len() <= FEW;
         for (_, listener) in due {
-            run_guarded("a listener of the watermark", || listener.on_watermark(round));
+            run_guarded("a listener of the watermark", || listener.on_watermark(round, few));
         }
     }
 

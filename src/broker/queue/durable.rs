@@ -259,11 +259,13 @@ impl RoundSource for Queue {
         if !committed || state.deleted {
             return;
         }
+        let idle = state.is_idle();
         for lane in state.lanes.iter_mut().filter(|lane| lane.unopened.is_none()) {
             // Appends since the drain are not in this round: `written_to` is where the drain stopped.
             lane.committed_to = lane.written_to;
             if self.environment.budget.is_over() {
                 lane.evict(false);
+                lane.evict(idle);
             }
         }
     }

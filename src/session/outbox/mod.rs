@@ -36,8 +36,13 @@ use crate::{
 pub const HIGH_WATER_BYTES: usize = 512 << 10;
 /// Bytes after which direct replies to the connection are dropped.
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
+/// What is written at once while the writer rests.
+const AT_ONCE_BYTES: usize = 512;
 /// Memory an idle connection's buffers may keep.
 const IDLE_BUFFER_BYTES: usize = 4 << 10;
+
+/// Writes to the socket what it takes without waiting, and answers how much that was.
+pub type DirectWrite = Box<dyn Fn(&[u8]) -> usize + Send + Sync>;
 
 struct Inner {
     out: WriteBuffer,
@@ -49,6 +54,8 @@ struct Inner {
     listening: bool,
     cancel_notify: bool,
     wake_pending: bool,
+    /// The writer has taken something out that it may not have written yet.
+    writing: bool,
     closed: bool,
     /// The deliveries of the present turn are traced.
     tracing: bool,
@@ -64,6 +71,7 @@ pub struct Outbox {
     /// Channels on which a consumer did not settle in time.
     timed_out: Mutex<Vec<u16>>,
     attention: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    direct_write: OnceLock<DirectWrite>,
     origin: OnceLock<Arc<Origin>>,
     /// Deliveries were noted that are to be traced.
     has_traces: AtomicBool,
@@ -84,6 +92,7 @@ impl Outbox {
                 listening: false,
                 cancel_notify: false,
                 wake_pending: false,
+                writing: false,
                 closed: false,
                 tracing: false,
                 traces: Vec::new(),
@@ -93,6 +102,7 @@ impl Outbox {
             finished: AtomicBool::new(false),
             timed_out: Mutex::default(),
             attention: OnceLock::new(),
+            direct_write: OnceLock::new(),
             origin: OnceLock::new(),
             has_traces: AtomicBool::new(false),
             broker,
@@ -118,6 +128,25 @@ impl Outbox {
     /// Has `call` called when [`Outbox::take_timed_out`] has something to answer.
     pub fn on_attention(&self, call: Box<dyn Fn() + Send + Sync>) {
         let _ = self.attention.set(call);
+    }
+
+    /// Writes what waits if that is little and the writer rests: confirms of one message at a time are so told of without
+    /// waking another thread.
+    fn write_at_once(&self, inner: &mut Inner) {
+        let rests = !inner.writing && !inner.wake_pending && !inner.full;
+        if rests
+            && inner.out.is_plain()
+            && inner.out.len() <= AT_ONCE_BYTES
+            && let Some(write) = self.direct_write.get()
+        {
+            let written = write(&inner.out.bytes);
+            inner.out.bytes.drain(..written);
+        }
+    }
+
+    /// Has `write` called for what is little enough to be written at once, on whatever thread, while the writer rests.
+    pub fn on_little(&self, write: DirectWrite) {
+        let _ = self.direct_write.set(write);
     }
 
     /// The channels that have to be closed because a consumer did not settle in time.
@@ -151,7 +180,8 @@ impl Outbox {
     pub fn take(&self, batch: &mut WriteBuffer) -> bool {
         let mut inner = self.inner.lock();
         inner.wake_pending = false;
-        if inner.out.is_empty() {
+        inner.writing = !inner.out.is_empty();
+        if !inner.writing {
             return false;
         }
         std::mem::swap(&mut inner.out, batch);
@@ -536,12 +566,15 @@ impl Port for Outbox {
 }
 
 impl WatermarkListener for Outbox {
-    fn on_watermark(&self, watermark: Round) {
+    fn on_watermark(&self, watermark: Round, few: bool) {
         let mut guard = self.inner.lock();
         let inner = &mut *guard;
         inner.listening = false;
         self.settle_confirms(inner, watermark);
         self.listen(inner);
+        if few {
+            self.write_at_once(inner);
+        }
         let wake = !inner.out.is_empty();
         drop(guard);
         if wake {

@@ -220,7 +220,7 @@ struct TestListener {
 }
 
 impl WatermarkListener for TestListener {
-    fn on_watermark(&self, watermark: Round) {
+    fn on_watermark(&self, watermark: Round, _: bool) {
         self.calls.lock().push(watermark);
         self.called.notify_all();
     }

@@ -256,7 +256,7 @@ fn a_listener_is_called_once_and_not_at_all_if_it_comes_too_late() {
 fn a_panicking_listener_does_not_keep_the_others_from_being_called() {
     struct Panics;
     impl WatermarkListener for Panics {
-        fn on_watermark(&self, _: Round) {
+        fn on_watermark(&self, _: Round, _: bool) {
             panic!("asked for by the test");
         }
     }

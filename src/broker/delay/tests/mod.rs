@@ -52,7 +52,7 @@ fn recovered(store: &Arc<Store>, limits: Limits) -> Arc<Delays> {
 struct Nobody;
 
 impl WatermarkListener for Nobody {
-    fn on_watermark(&self, _: Round) {}
+    fn on_watermark(&self, _: Round, _: bool) {}
 }
 
 fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
