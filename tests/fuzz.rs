@@ -184,7 +184,8 @@ fn no_input_makes_the_broker_panic_hang_or_grow() {
 
 type Family = Vec<(Vec<u8>, Vec<u8>)>;
 
-const FAMILIES: [&str; 6] = ["default", "meta", "log", "state", "consumed", "notes"];
+const FAMILIES: [&str; 9] =
+    ["default", "meta", "meta_copy", "log", "state", "consumed", "notes", "bodies", "body_references"];
 
 fn options(path: &Path) -> StoreOptions {
     StoreOptions { path: path.to_owned(), durability: Durability::Os, ..StoreOptions::default() }

@@ -24,13 +24,13 @@ fn backlog() -> u64 {
 fn a_backlog_takes_disk_and_no_memory() {
     let _alone = alone();
     let count = backlog();
-    let limit = if count > 10_000_000 { 100e6 } else { 80e6 };
+    let (limit, least_limit) = if count > 10_000_000 { (100e6, 60e6) } else { (80e6, 48e6) };
     println!("backlog: {count} messages of {BODY_BYTES} random bytes wait in one queue");
     for (name, arguments, persistent, limit) in [
         ("persistent", &[][..], true, limit),
         ("transient", &[], false, limit),
-        ("persistent, smallest budget", LEAST, true, 48e6),
-        ("transient, smallest budget", LEAST, false, 48e6),
+        ("persistent, smallest budget", LEAST, true, least_limit),
+        ("transient, smallest budget", LEAST, false, least_limit),
     ] {
         let directory = tempfile::tempdir().unwrap();
         let data = directory.path().join("data");

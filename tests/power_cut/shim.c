@@ -189,6 +189,7 @@ static void sync_entries(const char *path) {
     for (struct dirent *entry; (entry = readdir(directory)) != NULL;) {
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
         if (fstatat(dirfd(directory), entry->d_name, &status, AT_SYMLINK_NOFOLLOW) != 0) give_up("cannot look at", path);
+        if (S_ISSOCK(status.st_mode)) continue; /* holds nothing, and is made anew at every start */
         int is_dir = S_ISDIR(status.st_mode);
         known = shadows(is_dir ? "dirs" : "files", status.st_ino);
         if (known == 0) give_up("a file was created unseen:", entry->d_name);

@@ -95,7 +95,7 @@ impl Queue {
             return;
         }
         let idle = state.is_idle();
-        state.lanes.iter_mut().for_each(|lane| lane.evict(idle));
+        state.lanes.iter_mut().for_each(|lane| lane.evict(idle, false));
         let resident: usize = state.lanes.iter().map(|lane| lane.log.resident_bytes()).sum();
         if resident > if idle { 0 } else { MIN_EVICTION_BYTES } && self.environment.budget.is_over() {
             self.mark_dirty(&mut state);
@@ -264,8 +264,8 @@ impl RoundSource for Queue {
             // Appends since the drain are not in this round: `written_to` is where the drain stopped.
             lane.committed_to = lane.written_to;
             if self.environment.budget.is_over() {
-                lane.evict(false);
-                lane.evict(idle);
+                lane.evict(false, true);
+                lane.evict(idle, true);
             }
         }
     }

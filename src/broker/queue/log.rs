@@ -415,14 +415,16 @@ impl QueueLog {
     }
 
     /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped. With `idle`, as
-    /// nobody takes messages of this log now, also those that are needed first.
-    pub fn evict(&mut self, committed_to: u64, idle: bool) -> bool {
+    /// nobody takes messages of this log now, also those that are needed first. Chunks with transient records only go if
+    /// `pages_written`: not while a round that pages them out may be under way.
+    pub fn evict(&mut self, committed_to: u64, idle: bool, pages_written: bool) -> bool {
         let mut dropped = false;
         for index in self.evictable(committed_to, idle) {
             if !self.budget.is_over() {
                 break;
             }
-            if self.chunks[index].transient == 0 || self.chunks[index].paged {
+            let chunk = &self.chunks[index];
+            if chunk.transient == 0 || (chunk.paged && pages_written) {
                 self.chunks.remove(index);
                 self.has_gaps = true;
                 dropped = true;

@@ -37,11 +37,13 @@ pub fn name(number: u64) -> String {
 pub fn inspect(directory: &Path, version: &Version, noted: Option<u64>) -> io::Result<Logs> {
     let numbers = live_logs(directory, version)?;
     let mut logs = Logs::default();
-    let mut expected = Expected { next: None, in_tables: version.last_sequence, tail: None };
+    let mut expected = Expected { next: None, in_tables: version.last_sequence };
     let mut is_whole = true;
+    let beginnings = beginnings(directory, &numbers)?;
     for &number in &numbers {
         let Some(data) = read_optional(&directory.join(name(number)))? else { continue };
-        is_whole &= expected.pass(&data, &logfile::walk(&data, Some(number)), noted);
+        let follows = following(&beginnings, number);
+        is_whole &= expected.pass(&data, &logfile::walk(&data, Some(number)), noted, follows);
     }
     let end = expected.next.unwrap_or(version.last_sequence + 1).max(version.last_sequence + 1);
     let missing = noted.map_or(0, |noted| (noted + 1).saturating_sub(end));
@@ -50,6 +52,26 @@ pub fn inspect(directory: &Path, version: &Version, noted: Option<u64>) -> io::R
     }
     heal(directory, &numbers, version, noted, &mut logs)?;
     Ok(logs)
+}
+
+/// The sequence numbers that logs with anything in them begin with.
+fn beginnings(directory: &Path, numbers: &[u64]) -> io::Result<Vec<(u64, u64)>> {
+    let mut beginnings = Vec::new();
+    for &number in numbers {
+        let Some(data) = read_optional(&directory.join(name(number)))? else { continue };
+        let walk = logfile::walk(&data, Some(number));
+        let first = walk.records[..walk.proven()].iter().find(|record| !record.damaged);
+        beginnings.extend(first.and_then(|record| record.head(&data)).map(|head| (number, head_of(&head).0)));
+    }
+    Ok(beginnings)
+}
+
+/// What the next log begins with that has anything in it.
+///
+/// When that is the number that a torn end before it should have had, the end was thrown away by a start: it had never been
+/// synced, and its number was given out again.
+fn following(beginnings: &[(u64, u64)], number: u64) -> Option<u64> {
+    beginnings.iter().find(|(log, _)| *log > number).map(|(_, sequence)| *sequence)
 }
 
 fn live_logs(directory: &Path, version: &Version) -> io::Result<Vec<u64>> {
@@ -65,17 +87,12 @@ struct Expected {
     next: Option<u64>,
     /// What tables have, and more is in the logs, if any.
     in_tables: u64,
-    /// The last log had a torn end, with this sequence number if it can be read.
-    tail: Option<u64>,
 }
 
 impl Expected {
     /// Whether a log goes on where the one before ended, and has no damage.
-    fn pass(&mut self, data: &[u8], walk: &Walk, noted: Option<u64>) -> bool {
+    fn pass(&mut self, data: &[u8], walk: &Walk, noted: Option<u64>, follows: Option<u64>) -> bool {
         let mut whole = !walk.records[..walk.proven()].iter().any(|record| record.damaged);
-        if walk.proven() > 0 {
-            whole &= self.tail.is_none(); // a torn end that something follows
-        }
         for record in &walk.records[..walk.proven()] {
             let Some((sequence, count)) = record.head(data).map(|head| head_of(&head)) else {
                 whole = false;
@@ -88,8 +105,10 @@ impl Expected {
         }
         if walk.torn.is_some() || walk.proven() < walk.records.len() {
             let sequence = self.next.unwrap_or(self.in_tables + 1);
-            self.tail = Some(sequence);
-            whole &= noted.is_none_or(|noted| noted < sequence);
+            whole &= match follows {
+                Some(follows) => follows == sequence,
+                None => noted.is_none_or(|noted| noted < sequence),
+            };
         }
         whole
     }
@@ -105,11 +124,7 @@ fn heal(directory: &Path, numbers: &[u64], version: &Version, noted: Option<u64>
     let names: FamilyNames = version.families.iter().map(|(id, family)| (*id, family.name.clone())).collect();
     let (mut next, mut floor) = (None, 0);
     let mut last = None;
-    let mut latest = None;
-    for &number in numbers {
-        let data = read_optional(&directory.join(name(number)))?.unwrap_or_default();
-        latest = (logfile::walk(&data, Some(number)).proven() > 0).then_some(number).or(latest);
-    }
+    let beginnings = beginnings(directory, numbers)?;
     for &number in numbers {
         let Some(data) = read_optional(&directory.join(name(number)))? else { continue };
         let walk = logfile::walk(&data, Some(number));
@@ -122,9 +137,13 @@ fn heal(directory: &Path, numbers: &[u64], version: &Version, noted: Option<u64>
             log.take(&data, record, following, logs);
         }
         for record in unproven.iter().chain(&walk.torn) {
-            let was_synced = noted.is_some_and(|noted| noted >= log.next.unwrap_or(version.last_sequence + 1));
-            // Before another log, it was written whole; at the very end, only the mirror can tell.
-            if was_synced || latest.is_some_and(|latest| number < latest) {
+            let expected = log.next.unwrap_or(version.last_sequence + 1);
+            // Before another log, it was written whole, or thrown away; at the very end, only the mirror can tell.
+            let was_synced = match following(&beginnings, number) {
+                Some(follows) => follows != expected,
+                None => noted.is_some_and(|noted| noted >= expected),
+            };
+            if was_synced {
                 log.take(&data, record, None, logs);
             }
         }

@@ -121,7 +121,7 @@ impl LogSubject {
                 self.log.page_out(committed_to, false, usize::MAX, &mut Vec::new(), &mut |seq, record| {
                     drop(stored.insert(seq, record.to_vec()))
                 });
-                self.log.evict(committed_to, false);
+                self.log.evict(committed_to, false, true);
             }
         }
         self.check();
