@@ -147,6 +147,9 @@ fn lay_shadow_of(directory: &Path, shadow: &Path) -> io::Result<()> {
         let entry = entry?;
         let id = format!("{}.0", entry.metadata()?.ino());
         let is_dir = entry.file_type()?.is_dir();
+        if !is_dir && !entry.file_type()?.is_file() {
+            continue; // a socket holds nothing
+        }
         if is_dir {
             lay_shadow_of(&entry.path(), shadow)?;
         } else {
@@ -249,6 +252,9 @@ impl Fate<'_> {
             let entry = entry?;
             let inode = entry.metadata()?.ino();
             let is_dir = entry.file_type()?.is_dir();
+            if !is_dir && !entry.file_type()?.is_file() {
+                continue; // a socket, on an inode that was a file's before
+            }
             // A creation that the kill came between is one that never was.
             let Some(n) = (if is_dir { &self.dirs } else { &self.files }).get(&inode) else { continue };
             let id = format!("{inode}.{n}");

@@ -81,10 +81,10 @@ fn manifests(directory: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
+/// Whether there was a database. A MANIFEST alone is what is left of a first start that did not get to write CURRENT.
 fn has_database_files(directory: &Path) -> io::Result<bool> {
-    let of_a_database = |name: &String| {
-        name.starts_with(PREFIX) || name.ends_with(".sst") || name.ends_with(".blob") || name == mirror::DIRECTORY
-    };
+    let of_a_database =
+        |name: &String| [".sst", ".blob", ".log"].iter().any(|end| name.ends_with(end)) || name == mirror::DIRECTORY;
     Ok(file_names(directory)?.iter().any(of_a_database))
 }
 
