@@ -225,7 +225,7 @@ impl Session {
         self.framing_lost
     }
 
-    /// Whether a publisher has to wait for paging to catch up.
+    /// Whether a publisher has to wait for the store to take what it is ahead by, or for paging to catch up.
     pub fn must_hold_back(&self) -> bool {
         self.broker.memory().must_hold_back()
     }

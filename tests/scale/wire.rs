@@ -199,6 +199,11 @@ impl Template {
         self.set(self.body_at + at, &value.to_le_bytes());
     }
 
+    /// Writes into the body from `at` on.
+    pub fn set_body_bytes(&mut self, at: usize, bytes: &[u8]) {
+        self.set(self.body_at + at, bytes);
+    }
+
     pub fn append_to(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.bytes);
     }

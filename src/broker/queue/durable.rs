@@ -265,7 +265,9 @@ impl RoundSource for Queue {
             lane.committed_to = lane.written_to;
             if self.environment.budget.is_over() {
                 lane.evict(false, true);
-                lane.evict(idle, true);
+                if idle {
+                    lane.evict(true, true);
+                }
             }
         }
     }
