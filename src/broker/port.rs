@@ -43,6 +43,18 @@ pub trait DeliveryWriter {
     /// Writes `basic.deliver` and its content, and remembers it as unacked unless the slot is no-ack.
     fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer;
 
+    /// [`DeliveryWriter::deliver`] of messages that were never in a queue, to one no-ack consumer, up to the first one that is
+    /// not taken. Answers how many were, and what was done with the last one that was offered.
+    fn deliver_all(&mut self, to: Address, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, &message) in messages.iter().enumerate() {
+            let offer = self.deliver(&Delivery { to, seq: 0, redelivered: false, message });
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
     /// Writes `basic.get-ok` with `remaining` ready messages; never blocked.
     fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer;
 }

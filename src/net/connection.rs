@@ -207,7 +207,7 @@ impl Connection {
                 Step::More => break,
                 Step::Flush => return Some(End::Flush),
                 Step::Drop { later, reason } => return Some(End::Drop { later, reason }),
-                Step::Await(round) => self.session.wait(round).await,
+                Step::Await => self.session.wait().await,
                 Step::Drain => {}
             }
             self.unclog().await;

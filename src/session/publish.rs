@@ -20,9 +20,10 @@ use crate::{
     auth::{Access, Resource},
     broker::{
         Body, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost,
-        encode_names,
+        copy_large_bodies, encode_names,
         exchange::Attributes,
         extension::{Extension, ExtensionBytes, encode_keys},
+        with_bodies,
     },
     clock,
     model::{
@@ -60,7 +61,8 @@ impl Session {
             return Ok(None);
         }
         let mut run = Run::new();
-        let (names, used) = gather(number, input, self.frame_max, &mut run);
+        let limits = Limits { payload: self.frame_max, body: self.limits.max_message_bytes };
+        let (names, used) = gather(number, input, limits, &mut run);
         let Some(vhost) = &self.vhost else { return Ok(None) };
         if run.is_empty() || ReplyRegistry::is_reply_name(split_names(names).1) || vhost.is_tracing() {
             return Ok(None);
@@ -71,9 +73,12 @@ impl Session {
             return Ok(None); // returns and their order belong to the careful path
         }
         self.published = true;
-        if route.iter().any(|queue| queue.may_reject()) {
-            for message in &run {
-                self.deliver_one(number, &route, message);
+        let in_place = matches!(&route[..], [queue] if queue.takes_bodies_in_place());
+        let copies = !in_place && run.iter().any(|message| message.large_inline_body().is_some());
+        if copies || route.iter().any(|queue| queue.may_reject()) {
+            let bodies = copy_large_bodies(&run);
+            for message in with_bodies(&run, &bodies) {
+                self.deliver_one(number, &route, &message);
             }
             return Ok(Some(used));
         }
@@ -368,8 +373,8 @@ impl Session {
 /// Messages of a run mostly differ in nothing but their bodies, so a method or content header frame that repeats the
 /// first one's bytes is not read again.
 #[inline]
-fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>) -> (&'a [u8], usize) {
-    let Some(first) = whole_message(number, input, max_payload) else { return (&[], 0) };
+fn gather<'a>(number: u16, input: &'a [u8], limits: Limits, run: &mut Run<'a>) -> (&'a [u8], usize) {
+    let Some(first) = whole_message(number, input, limits) else { return (&[], 0) };
     let names = first.message.names;
     if !names_are_text(names) {
         return (&[], 0);
@@ -398,7 +403,7 @@ fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>)
             at += repeated + body_frame;
             continue;
         }
-        match whole_message(number, rest, max_payload) {
+        match whole_message(number, rest, limits) {
             Some(next) if next.message.names == names => {
                 run.push(next.message);
                 at += next.len;
@@ -414,6 +419,15 @@ fn names_are_text(names: &[u8]) -> bool {
     std::str::from_utf8(exchange).is_ok() && std::str::from_utf8(routing_key).is_ok()
 }
 
+/// What a message may be at most to be read in one piece.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Bytes of a frame's payload.
+    payload: u32,
+    /// Bytes of a body.
+    body: u64,
+}
+
 /// A message in the read buffer, with the frames it came in.
 struct Whole<'a> {
     message: Message<'a>,
@@ -424,7 +438,8 @@ struct Whole<'a> {
 
 /// A message whose three frames are all there, with nothing about it that needs a closer look.
 #[inline]
-fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_>> {
+fn whole_message(number: u16, input: &[u8], limits: Limits) -> Option<Whole<'_>> {
+    let max_payload = limits.payload;
     let Scan::Frame(method) = wire::scan(input, max_payload) else { return None };
     if method.kind != frame::METHOD || method.channel != number || method_id(method.payload) != Some(BASIC_PUBLISH) {
         return None;
@@ -440,7 +455,7 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
     }
     let body_at = header_at + header.wire_len();
     let header = HeaderView::read(header.payload).ok()?;
-    if header.class != 60 || header.weight != 0 || header.body_size >= SHARED_BODY_BYTES as u64 {
+    if header.class != 60 || header.weight != 0 || header.body_size > limits.body {
         return None;
     }
     let persistent = match plain_delivery_mode(header.properties) {

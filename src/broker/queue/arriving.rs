@@ -16,8 +16,8 @@ use crate::{
         delay_headers::due_unix_ms,
         environment::Environment,
         extension::Extension,
-        message::{Body, Message},
-        port::{Delivery, Effects, Offer},
+        message::{Body, Message, copy_large_bodies, with_bodies},
+        port::{Effects, Offer},
         rules::{Overflow, QueueTraits},
     },
     clock,
@@ -120,6 +120,20 @@ impl Queue {
                 return 0;
             }
         }
+        let bodies = copy_large_bodies(messages);
+        if bodies.is_empty() {
+            return self.append_locked(state, messages, effects);
+        }
+        self.append_locked(state, &with_bodies(messages, &bodies), effects)
+    }
+
+    /// The part of publishing that comes after what consumers take at once.
+    fn append_locked(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        messages: &[Message<'_>],
+        effects: &mut Effects,
+    ) -> Round {
         let now = clock::now_unix_ms();
         let expected_bytes = messages.iter().map(record::encoded_len).sum();
         state.append_all(messages, now, expected_bytes);
@@ -145,6 +159,13 @@ impl Queue {
             self.mark_dirty(state);
         }
         0
+    }
+
+    /// Whether a large body is best left where it stands, as one that a consumer takes at once is never kept. Others keep it
+    /// in any case.
+    #[inline]
+    pub fn takes_bodies_in_place(&self) -> bool {
+        self.stream.is_none() && !self.is_particular
     }
 
     /// Whether the queue refuses publishes when it is full (`x-overflow`).
@@ -293,13 +314,9 @@ impl QueueState {
             let run = if alone { messages.len() } else { taken + 1 };
             let (to, mut last) = (consumer.address, Offer::Taken);
             let wake = consumer.port.with_writer(&mut |writer| {
-                while taken < run {
-                    last = writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: messages[taken] });
-                    if last != Offer::Taken {
-                        return;
-                    }
-                    taken += 1;
-                }
+                let (more, offer) = writer.deliver_all(to, &messages[taken..run]);
+                taken += more;
+                last = offer;
             });
             if wake {
                 effects.wakes.push(consumer.port.clone());

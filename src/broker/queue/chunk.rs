@@ -43,6 +43,8 @@ pub struct Chunk {
     pub transient: u32,
     /// The transient records are in the store's pages.
     pub paged: bool,
+    /// Some positions have no record.
+    has_absent: bool,
     /// No ready message in it expires before that (Unix milliseconds).
     pub earliest_expiry_unix_ms: u64,
 }
@@ -65,6 +67,7 @@ impl Chunk {
             live: 0,
             transient: 0,
             paged: false,
+            has_absent: false,
             earliest_expiry_unix_ms: u64::MAX,
         };
         chunk.account();
@@ -193,6 +196,7 @@ impl Chunk {
     pub fn cover(&mut self, end: u64) {
         let len = end.saturating_sub(self.first) as usize;
         if len > self.buffers.offsets.len() {
+            self.has_absent = true;
             self.buffers.offsets.resize(len, ABSENT);
             self.account();
         }
@@ -214,6 +218,13 @@ impl Chunk {
         Some((start as usize, end))
     }
 
+    /// Whether there is a record at `seq`. Every record in a chunk can be read.
+    #[inline]
+    pub fn has_record(&self, seq: u64) -> bool {
+        let index = seq.checked_sub(self.first).and_then(|index| usize::try_from(index).ok());
+        index.and_then(|index| self.buffers.offsets.get(index)).is_some_and(|&start| start != ABSENT)
+    }
+
     /// The record at `seq`; `None` where there is none.
     #[inline]
     pub fn record(&self, seq: u64) -> Option<(&[u8], Option<&Bytes>)> {
@@ -232,6 +243,19 @@ impl Chunk {
     pub fn message(&self, seq: u64) -> Option<Message<'_>> {
         let (bytes, shared) = self.record(seq)?;
         record::decode(bytes, shared)
+    }
+
+    /// Notes that the records of `[from, until)`, which lies within the chunk, are consumed. Answers whether there was one.
+    #[inline]
+    pub fn forget_range(&mut self, from: u64, until: u64) -> bool {
+        let count = (until - from) as u32;
+        let is_uniform = self.transient == 0 || self.transient == self.live;
+        if self.has_absent || !self.shared.is_empty() || !is_uniform || count > self.live {
+            return (from..until).fold(false, |any, seq| self.forget(seq) || any);
+        }
+        self.live -= count;
+        self.transient = self.transient.saturating_sub(count);
+        true
     }
 
     /// Notes that the record at `seq` is consumed; a large body is let go at once. Answers whether there was one.
@@ -267,7 +291,7 @@ impl Chunk {
         self.first = first;
         self.buffers.data.clear();
         self.buffers.offsets.clear();
-        (self.live, self.transient, self.paged) = (0, 0, false);
+        (self.live, self.transient, self.paged, self.has_absent) = (0, 0, false, false);
         self.earliest_expiry_unix_ms = u64::MAX;
         true
     }

@@ -158,12 +158,12 @@ impl QueueLog {
                 None => return Peek::Empty,
             };
             let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
-            // A record that is there and cannot be read counts as gone: looking for it in the store would never end.
-            if self.chunks[index].message(seq).is_some() {
+            // A position without a record counts as gone: looking for it in the store would never end.
+            if self.chunks[index].has_record(seq) {
                 // Looked up again: the borrow of a value returned from inside a loop would outlive the loop.
                 return match self.chunks[index].message(seq) {
                     Some(message) => Peek::Ready { seq, redelivered, message },
-                    None => Peek::Absent(seq),
+                    None => Peek::Absent(seq), // not met: what cannot be read was not taken in
                 };
             }
             self.take(seq, redelivered);
@@ -263,24 +263,43 @@ impl QueueLog {
     /// Ends a handed-out position.
     #[inline]
     pub fn consume(&mut self, seq: u64) {
-        if let Some(index) = self.chunk_index(seq) {
-            let last = index + 1 == self.chunks.len();
-            let chunk = &mut self.chunks[index];
-            let was_there = chunk.forget(seq);
-            // A chunk of absent positions only stays until the cursor has passed it.
-            if chunk.live == 0 && (was_there || seq + 1 == chunk.end()) {
-                let kept = last && chunk.end() == self.tail && chunk.restart(self.tail);
-                if !kept {
-                    self.chunks.remove(index);
-                }
-            }
+        self.consume_range(seq, seq + 1);
+    }
+
+    /// Ends the handed-out positions of `[start, end)`.
+    #[inline]
+    pub fn consume_range(&mut self, start: u64, end: u64) {
+        let mut at = start;
+        while at < end {
+            at = match self.chunk_index(at) {
+                Some(index) => self.forget_in(index, at, end),
+                None => self.resident_after(at).max(at + 1),
+            };
         }
-        if seq == self.head {
-            self.head += 1;
+        if start == self.head {
+            self.head = end;
             self.advance_head();
         } else {
-            self.consumed.insert(seq);
+            self.consumed.insert_range(start, end);
         }
+    }
+
+    /// Forgets the records of the chunk `index` in `[from, until)`, and with the last one the chunk. Answers the position after
+    /// them.
+    #[inline]
+    fn forget_in(&mut self, index: usize, from: u64, until: u64) -> u64 {
+        let last = index + 1 == self.chunks.len();
+        let chunk = &mut self.chunks[index];
+        let (end, until) = (chunk.end(), until.min(chunk.end()));
+        let was_there = chunk.forget_range(from, until);
+        // A chunk of absent positions only stays until the cursor has passed it.
+        if chunk.live == 0 && (was_there || until == end) {
+            let kept = last && end == self.tail && chunk.restart(self.tail);
+            if !kept {
+                self.chunks.remove(index);
+            }
+        }
+        until
     }
 
     #[inline]

@@ -191,6 +191,20 @@ impl Settler<'_> {
         Ok(())
     }
 
+    /// Settles `count` deliveries with tags from `first` on, as so many calls of [`Settler::settle`] would, if all of them are
+    /// outstanding. Answers whether they are; if not, nothing has changed.
+    #[inline]
+    pub fn settle_each(&mut self, first: u64, count: usize, batch: &mut SettleBatch) -> bool {
+        let Some(out) = self.inner.channels.get_mut(self.channel) else { return false };
+        let ChannelOut { unacked, slots, free_slots, .. } = out;
+        let settle = |unacked: Unacked| note_settled(slots, free_slots, self.channel, &unacked, batch);
+        let settled = unacked.settle_each(first, count, settle);
+        if settled && out.prefetch > 0 {
+            out.take_blocked(&mut batch.unblocked);
+        }
+        settled
+    }
+
     /// Takes deliveries out without settling them yet, for a transaction.
     ///
     /// # Errors
