@@ -226,7 +226,9 @@ impl RoundBuilder {
     }
 
     /// Moves a record that need not survive a restart out of memory. It can be read when the round has ended.
-    /// The positions of one queue ascend within a round; paging a record out a second time replaces the first.
+    ///
+    /// The positions of one queue ascend within a round, and a record is paged out only once: a reader finds a record in the
+    /// last run that begins at or before it, which must not be one that was written before and ends before it.
     pub fn page_out(&mut self, queue: QueueId, seq: QueueSeq, record: &[u8]) {
         self.pages.append(queue, seq, record);
     }

@@ -41,8 +41,11 @@ pub struct Chunk {
     pub live: u32,
     /// Live records that are not durable: they have to be paged out before the chunk can be let go.
     pub transient: u32,
-    /// The transient records are in the store's pages.
-    pub paged: bool,
+    /// The transient records before it are in the store's pages, or on their way. None is written twice: a reader finds a record
+    /// in the last run that begins at or before it, so runs must not overlap.
+    paged_to: u64,
+    /// What `paged_to` was, while a round is under way that pages records out.
+    paging_from: Option<u64>,
     /// Some positions have no record.
     has_absent: bool,
     /// No ready message in it expires before that (Unix milliseconds).
@@ -66,7 +69,8 @@ impl Chunk {
             budget,
             live: 0,
             transient: 0,
-            paged: false,
+            paged_to: first,
+            paging_from: None,
             has_absent: false,
             earliest_expiry_unix_ms: u64::MAX,
         };
@@ -101,6 +105,34 @@ impl Chunk {
         self.accounted_bytes + self.shared_bytes
     }
 
+    /// Where the records begin that have to be paged out before the chunk can be let go; `None` if there are none.
+    pub fn unpaged_from(&self) -> Option<u64> {
+        (self.transient > 0 && self.paged_to < self.end()).then_some(self.paged_to)
+    }
+
+    /// Notes that a round has taken the records from [`Chunk::unpaged_from`] on.
+    pub fn begin_paging(&mut self) {
+        self.paging_from = self.paging_from.or(Some(self.paged_to));
+        self.paged_to = self.end();
+    }
+
+    /// Notes whether the pages were written that a round had taken, if it had.
+    pub fn end_paging(&mut self, written: bool) {
+        if let (Some(from), false) = (self.paging_from.take(), written) {
+            self.paged_to = from;
+        }
+    }
+
+    /// Notes that the transient records were read from the pages.
+    pub fn note_paged(&mut self) {
+        self.paged_to = self.end();
+    }
+
+    /// Whether the store has every transient record.
+    pub fn is_paged(&self) -> bool {
+        self.unpaged_from().is_none() && (self.transient == 0 || self.paging_from.is_none())
+    }
+
     /// Whether the next record belongs into a new chunk.
     #[inline]
     pub fn is_full(&self) -> bool {
@@ -122,7 +154,6 @@ impl Chunk {
         self.live += 1;
         if !message.persistent {
             self.transient += 1;
-            self.paged = false;
         }
         self.account();
     }
@@ -291,7 +322,8 @@ impl Chunk {
         self.first = first;
         self.buffers.data.clear();
         self.buffers.offsets.clear();
-        (self.live, self.transient, self.paged, self.has_absent) = (0, 0, false, false);
+        (self.live, self.transient, self.has_absent) = (0, 0, false);
+        (self.paged_to, self.paging_from) = (first, None);
         self.earliest_expiry_unix_ms = u64::MAX;
         true
     }

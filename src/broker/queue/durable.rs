@@ -95,7 +95,7 @@ impl Queue {
             return;
         }
         let idle = state.is_idle();
-        state.lanes.iter_mut().for_each(|lane| lane.evict(idle, false));
+        state.lanes.iter_mut().for_each(|lane| lane.evict(idle));
         let resident: usize = state.lanes.iter().map(|lane| lane.log.resident_bytes()).sum();
         if resident > if idle { 0 } else { MIN_EVICTION_BYTES } && self.environment.budget.is_over() {
             self.mark_dirty(&mut state);
@@ -250,7 +250,7 @@ impl RoundSource for Queue {
 
     fn paging_failed(&self) {
         for lane in self.state.lock().lanes.iter_mut() {
-            lane.log.paging_failed();
+            lane.log.end_paging(false);
         }
     }
 
@@ -263,10 +263,11 @@ impl RoundSource for Queue {
         for lane in state.lanes.iter_mut().filter(|lane| lane.unopened.is_none()) {
             // Appends since the drain are not in this round: `written_to` is where the drain stopped.
             lane.committed_to = lane.written_to;
+            lane.log.end_paging(true);
             if self.environment.budget.is_over() {
-                lane.evict(false, true);
+                lane.evict(false);
                 if idle {
-                    lane.evict(true, true);
+                    lane.evict(true);
                 }
             }
         }

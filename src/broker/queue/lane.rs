@@ -318,11 +318,10 @@ impl Lane {
         self.consumption_unwritten = false;
     }
 
-    /// Lets go of chunks that the store has, while the budget is exceeded. `idle` tells that nobody takes messages now,
-    /// `pages_written` that no round is under way that pages records out.
-    pub fn evict(&mut self, idle: bool, pages_written: bool) {
+    /// Lets go of chunks that the store has, while the budget is exceeded. `idle` tells that nobody takes messages now.
+    pub fn evict(&mut self, idle: bool) {
         if self.unopened.is_none() {
-            self.log.evict(self.committed_to, idle, pages_written);
+            self.log.evict(self.committed_to, idle);
         }
     }
 

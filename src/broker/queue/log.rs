@@ -42,6 +42,8 @@ pub struct QueueLog {
     has_gaps: bool,
     /// Positions from `next` on may be consumed.
     consumed_ahead: bool,
+    /// A round is under way that pages records out.
+    is_paging: bool,
     /// Messages that expire were seen.
     expiring: bool,
     budget: Arc<MemoryBudget>,
@@ -71,6 +73,7 @@ impl QueueLog {
             returned: RangeSet::default(),
             has_gaps: tail > head,
             consumed_ahead: false,
+            is_paging: false,
             expiring: false,
             budget,
         };
@@ -410,8 +413,8 @@ impl QueueLog {
         let mut bytes = 0;
         for index in self.evictable(committed_to, idle) {
             let chunk = &self.chunks[index];
-            if chunk.transient > 0 && !chunk.paged {
-                self.each_live(chunk, chunk.first(), false, &mut |seq, bytes, shared| match shared {
+            if let Some(from) = chunk.unpaged_from() {
+                self.each_live(chunk, from, false, &mut |seq, bytes, shared| match shared {
                     Some(body) => {
                         record::whole(bytes, body, scratch);
                         each(seq, scratch);
@@ -419,7 +422,8 @@ impl QueueLog {
                     None => each(seq, bytes),
                 });
                 bytes += chunk.resident_bytes();
-                self.chunks[index].paged = true;
+                self.chunks[index].begin_paging();
+                self.is_paging = true;
                 if bytes >= limit_bytes {
                     return;
                 }
@@ -427,23 +431,22 @@ impl QueueLog {
         }
     }
 
-    /// Takes back that records were handed to [`QueueLog::page_out`]: they must stay. What had been paged out before is so
-    /// once more, some time.
-    pub fn paging_failed(&mut self) {
-        self.chunks.iter_mut().filter(|chunk| chunk.transient > 0).for_each(|chunk| chunk.paged = false);
+    /// Takes in whether the records were written that were handed to [`QueueLog::page_out`]; if not, they must stay.
+    pub fn end_paging(&mut self, written: bool) {
+        if std::mem::take(&mut self.is_paging) {
+            self.chunks.iter_mut().for_each(|chunk| chunk.end_paging(written));
+        }
     }
 
     /// Drops evictable chunks, from the tail on, until the budget holds. Answers whether any was dropped. With `idle`, as
-    /// nobody takes messages of this log now, also those that are needed first. Chunks with transient records only go if
-    /// `pages_written`: not while a round that pages them out may be under way.
-    pub fn evict(&mut self, committed_to: u64, idle: bool, pages_written: bool) -> bool {
+    /// nobody takes messages of this log now, also those that are needed first.
+    pub fn evict(&mut self, committed_to: u64, idle: bool) -> bool {
         let mut dropped = false;
         for index in self.evictable(committed_to, idle) {
             if !self.budget.is_over() {
                 break;
             }
-            let chunk = &self.chunks[index];
-            if chunk.transient == 0 || (chunk.paged && pages_written) {
+            if self.chunks[index].is_paged() {
                 self.chunks.remove(index);
                 self.has_gaps = true;
                 dropped = true;
@@ -490,7 +493,7 @@ impl QueueLog {
         if chunk.end() <= self.head {
             return; // all of it was consumed while it was read
         }
-        chunk.paged = true;
+        chunk.note_paged();
         self.expiring |= chunk.earliest_expiry_unix_ms != u64::MAX;
         self.chunks.insert(index, chunk);
     }

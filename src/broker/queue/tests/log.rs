@@ -119,9 +119,10 @@ impl LogSubject {
                 });
                 let committed_to = self.log.tail();
                 self.log.page_out(committed_to, false, usize::MAX, &mut Vec::new(), &mut |seq, record| {
-                    drop(stored.insert(seq, record.to_vec()))
+                    assert!(stored.insert(seq, record.to_vec()).is_none(), "{seq} is paged out twice");
                 });
-                self.log.evict(committed_to, false, true);
+                self.log.end_paging(true);
+                self.log.evict(committed_to, false);
             }
         }
         self.check();
