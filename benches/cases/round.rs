@@ -14,12 +14,11 @@ struct Build {
 
 impl Work for Build {
     fn prepare(&mut self) {
-        self.round = RoundBuilder::new();
-        self.round.append(QueueId(1), 0, &self.record); // the buffer is there
+        self.round.clear();
     }
 
     fn run(&mut self) {
-        for seq in 1..=self.records {
+        for seq in 0..self.records {
             self.round.append(QueueId(1), seq, black_box(&self.record));
         }
         let state = QueueStateRecord { tail: self.records, message_count: self.records, ..QueueStateRecord::default() };
