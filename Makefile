@@ -19,6 +19,7 @@ FUZZ_SECONDS ?= 600
 DAMAGE_ROUNDS ?= 1000
 ARGS ?=
 PEERS ?=
+RECORD ?=
 
 RUST_NEEDED := 1.91
 CARGO_FLAGS := --release --locked
@@ -131,6 +132,10 @@ bench: build ## Measure the hot functions, then the broker beside others (PEERS=
 	cargo bench --locked
 	LEVERET_BIN='$(BIN)' tests/with_broker.sh bash -c 'benches/side_by_side.sh $(ARGS) "leveret=$$AMQP_URL,$$LEVERET_PID" $(PEERS)'
 
+.PHONY: instructions
+instructions: deps valgrind-deps ## Count the instructions of the hot functions; 3 % more than recorded fail (RECORD=1 records)
+	@benches/instructions.sh $(if $(RECORD),--record) $(ARGS)
+
 .PHONY: lint
 lint: deps ## Clippy, every warning an error
 	cargo clippy $(CARGO_FLAGS) --all-targets -- -D warnings
@@ -176,4 +181,10 @@ deps:
 python-deps:
 	@if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
 	$(call install,python3 python3-venv)
+	fi
+
+.PHONY: valgrind-deps
+valgrind-deps:
+	@if ! command -v valgrind >/dev/null || ! command -v python3 >/dev/null; then
+	$(call install,valgrind python3)
 	fi

@@ -61,6 +61,10 @@ pub use self::{
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
 
+/// For benchmarks.
+#[doc(hidden)]
+pub use self::queue::RangeSet;
+
 use self::{
     definitions::Definition,
     delay::{DelayId, Delayed},

@@ -224,7 +224,7 @@ impl Session {
             let outcome = self.broker.durable(round).await;
             self.resume(outcome);
         }
-        self.outbox.wake_writer();
+        self.outbox.wake_if_needed();
     }
 
     /// Whether tuning is done.
@@ -253,7 +253,7 @@ impl Session {
         if self.client.blocked {
             let reason = amq_protocol::types::ShortString::try_new(reason).unwrap_or_default();
             self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Blocked(connection::Blocked { reason })));
-            self.outbox.wake_writer();
+            self.outbox.wake_if_needed();
         }
     }
 
@@ -261,7 +261,7 @@ impl Session {
     pub fn tell_unblocked(&self) {
         if self.client.blocked {
             self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Unblocked(connection::Unblocked {})));
-            self.outbox.wake_writer();
+            self.outbox.wake_if_needed();
         }
     }
 
@@ -461,7 +461,7 @@ impl Session {
                 let _ = self.fail(number, Fault::new(406, text));
             }
         }
-        self.outbox.wake_writer();
+        self.outbox.wake_if_needed();
     }
 
     /// Whether faults are not told to the peer yet: before it has logged in, all but the refusal itself.
@@ -479,7 +479,7 @@ impl Session {
         self.release();
         self.reply(0, &reason.connection_close());
         self.phase = Phase::Closing;
-        self.outbox.wake_writer();
+        self.outbox.wake_if_needed();
     }
 
     /// Ends a channel's deliveries, consumers and transaction; its unacked messages go back. Its number stays taken.

@@ -32,7 +32,7 @@ use crate::{
         properties::{self, Properties, plain_delivery_mode, raw_entries},
     },
     wire::{
-        self, Scan, encode, frame,
+        self, Scan, frame,
         hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names},
         limits::check_table,
     },
@@ -370,8 +370,8 @@ impl Session {
 
 /// Collects the run; answers the names all its messages share and its length in bytes.
 ///
-/// Messages of a run mostly differ in nothing but their bodies, so a method or content header frame that repeats the
-/// first one's bytes is not read again.
+/// Messages of a run mostly differ in nothing but their bodies, so frames that repeat the first ones' bytes up to the body
+/// are not read again.
 #[inline]
 fn gather<'a>(number: u16, input: &'a [u8], limits: Limits, run: &mut Run<'a>) -> (&'a [u8], usize) {
     let Some(first) = whole_message(number, input, limits) else { return (&[], 0) };
@@ -380,27 +380,23 @@ fn gather<'a>(number: u16, input: &'a [u8], limits: Limits, run: &mut Run<'a>) -
         return (&[], 0);
     }
     run.push(first.message);
-    let (method, header) = (first.method, first.header);
-    let (properties, persistent, body_len) =
-        (first.message.properties, first.message.persistent, first.message.body.len());
-    let repeated = method.len() + header.len();
-    let body_frame = if body_len == 0 { 0 } else { body_len + frame::OVERHEAD_BYTES };
-    let body_head = encode::body_head(number, body_len);
+    let Message { properties, persistent, .. } = first.message;
+    // With the head of the body frame, if there is one.
+    let repeated = &input[..first.body_at];
+    let whole_len = first.len;
     let mut at = first.len;
     while run.len() < RUN_MESSAGES {
         let rest = &input[at..];
-        let same = rest.len() >= repeated + body_frame
-            && rest[..method.len()] == *method
-            && rest[method.len()..repeated] == *header;
-        if same {
-            let frame = &rest[repeated..repeated + body_frame];
-            let body: &[u8] = match frame {
+        if let Some(next) = rest.get(..whole_len)
+            && next[..repeated.len()] == *repeated
+        {
+            let body: &[u8] = match &next[repeated.len()..] {
                 [] => &[],
-                [head @ .., frame::FRAME_END] if head[..frame::HEAD_BYTES] == body_head => &head[frame::HEAD_BYTES..],
-                _ => break, // a body in pieces, or a bad frame: read with care
+                [body @ .., frame::FRAME_END] => body,
+                _ => break, // a bad frame: read with care
             };
             run.push(Message { names, properties, body: Body::Inline(body), persistent, extension: &[] });
-            at += repeated + body_frame;
+            at += whole_len;
             continue;
         }
         match whole_message(number, rest, limits) {
@@ -431,8 +427,8 @@ struct Limits {
 /// A message in the read buffer, with the frames it came in.
 struct Whole<'a> {
     message: Message<'a>,
-    method: &'a [u8],
-    header: &'a [u8],
+    /// Where the body begins; the end of the frames if there is none.
+    body_at: usize,
     len: usize,
 }
 
@@ -453,7 +449,7 @@ fn whole_message(number: u16, input: &[u8], limits: Limits) -> Option<Whole<'_>>
     if header.kind != frame::HEADER || header.channel != number {
         return None;
     }
-    let body_at = header_at + header.wire_len();
+    let mut body_at = header_at + header.wire_len();
     let header = HeaderView::read(header.payload).ok()?;
     if header.class != 60 || header.weight != 0 || header.body_size > limits.body {
         return None;
@@ -471,6 +467,7 @@ fn whole_message(number: u16, input: &[u8], limits: Limits) -> Option<Whole<'_>>
             return None;
         }
         len += frame.wire_len();
+        body_at += frame::HEAD_BYTES;
         body = frame.payload;
     }
     let message = Message {
@@ -480,7 +477,7 @@ fn whole_message(number: u16, input: &[u8], limits: Limits) -> Option<Whole<'_>>
         persistent,
         extension: &[],
     };
-    Some(Whole { message, method: &input[..header_at], header: &input[header_at..body_at], len })
+    Some(Whole { message, body_at, len })
 }
 
 /// Hands messages to every queue of a route; answers the round that makes all of them durable.

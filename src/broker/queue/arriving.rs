@@ -135,8 +135,7 @@ impl Queue {
         effects: &mut Effects,
     ) -> Round {
         let now = clock::now_unix_ms();
-        let expected_bytes = messages.iter().map(record::encoded_len).sum();
-        state.append_all(messages, now, expected_bytes);
+        state.append_all(messages, now);
         if state.can_deliver() {
             self.deliver_locked(state, now, effects);
             effects.congested |= state.is_congested();
@@ -342,7 +341,8 @@ impl QueueState {
     /// Appends a run of messages.
     ///
     /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
-    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64, expected_bytes: usize) {
+    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64) {
+        let expected_bytes = || messages.iter().map(record::encoded_len).sum();
         let persistence = self.persistence();
         let is_plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
         let mut appended = 0;
@@ -358,7 +358,9 @@ impl QueueState {
                 appended += 1;
             }
         }
-        for message in &messages[appended..] {
+        let others = &messages[appended..];
+        let expected_bytes = if others.is_empty() { 0 } else { expected_bytes() };
+        for message in others {
             self.append(message, now_unix_ms, expected_bytes);
         }
     }
@@ -369,7 +371,7 @@ impl QueueState {
         let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
         if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
             let lane = self.lanes.at_level(level);
-            lane.log.append(&message, now_unix_ms, expected_bytes);
+            lane.log.append(&message, now_unix_ms, || expected_bytes);
             lane.appended(message.body.len() as u64, persistent);
         } else {
             self.append_extended(level, &message, now_unix_ms, expected_bytes);
@@ -396,7 +398,7 @@ impl QueueState {
         let message = Message { extension: &extension, ..*message };
         let quorum = self.is_quorum();
         let lane = self.lanes.at_level(level);
-        let seq = lane.log.append(&message, now_unix_ms, expected_bytes);
+        let seq = lane.log.append(&message, now_unix_ms, || expected_bytes);
         if deliveries > 0 && quorum {
             self.attempts.seed(queue_position(level, seq), deliveries);
         }

@@ -233,13 +233,23 @@ impl Chunk {
         }
     }
 
+    /// The index of a position and where its record begins; `None` where there is none.
     #[inline]
-    fn bounds(&self, seq: u64) -> Option<(usize, usize)> {
+    fn start(&self, seq: u64) -> Option<(usize, u32)> {
         let index = usize::try_from(seq.checked_sub(self.first)?).ok()?;
         let start = *self.buffers.offsets.get(index)?;
-        if start == ABSENT {
-            return None;
-        }
+        (start != ABSENT).then_some((index, start))
+    }
+
+    /// Whether there is a record at `seq`.
+    #[inline]
+    pub fn contains(&self, seq: u64) -> bool {
+        self.start(seq).is_some()
+    }
+
+    #[inline]
+    fn bounds(&self, seq: u64) -> Option<(usize, usize)> {
+        let (index, start) = self.start(seq)?;
         let rest = &self.buffers.offsets[index + 1..];
         let end = match rest.first() {
             Some(&end) if end != ABSENT => end as usize,
@@ -247,13 +257,6 @@ impl Chunk {
             None => self.buffers.data.len(),
         };
         Some((start as usize, end))
-    }
-
-    /// Whether there is a record at `seq`. Every record in a chunk can be read.
-    #[inline]
-    pub fn has_record(&self, seq: u64) -> bool {
-        let index = seq.checked_sub(self.first).and_then(|index| usize::try_from(index).ok());
-        index.and_then(|index| self.buffers.offsets.get(index)).is_some_and(|&start| start != ABSENT)
     }
 
     /// The record at `seq`; `None` where there is none.
@@ -292,9 +295,9 @@ impl Chunk {
     /// Notes that the record at `seq` is consumed; a large body is let go at once. Answers whether there was one.
     #[inline]
     pub fn forget(&mut self, seq: u64) -> bool {
-        let Some((start, _)) = self.bounds(seq) else { return false };
+        let Some((_, start)) = self.start(seq) else { return false };
         self.live = self.live.saturating_sub(1);
-        if record::head(&self.buffers.data[start..]).is_some_and(|head| !head.persistent) {
+        if record::head(&self.buffers.data[start as usize..]).is_some_and(|head| !head.persistent) {
             self.transient = self.transient.saturating_sub(1);
         }
         if !self.shared.is_empty() {

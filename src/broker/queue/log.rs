@@ -119,13 +119,13 @@ impl QueueLog {
 
     /// Appends a message; `expected_bytes` is what the caller is about to append in one go.
     #[inline]
-    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) -> u64 {
+    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: impl FnOnce() -> usize) -> u64 {
         let seq = self.tail;
         self.expiring |= !message.extension.is_empty();
         match self.chunks.back_mut() {
             Some(chunk) if chunk.end() == seq && !chunk.is_full() => chunk.append(message, now_unix_ms),
             _ => {
-                let mut chunk = Chunk::new(seq, expected_bytes, self.budget.clone());
+                let mut chunk = Chunk::new(seq, expected_bytes(), self.budget.clone());
                 chunk.append(message, now_unix_ms);
                 self.chunks.push_back(chunk);
             }
@@ -137,7 +137,10 @@ impl QueueLog {
     #[inline]
     fn chunk_index(&self, seq: u64) -> Option<usize> {
         let front = self.chunks.front()?;
-        let index = if seq < front.end() { 0 } else { self.chunks.partition_point(|chunk| chunk.end() <= seq) };
+        if seq < front.end() {
+            return (front.first() <= seq).then_some(0);
+        }
+        let index = self.chunks.partition_point(|chunk| chunk.end() <= seq);
         self.chunks.get(index).filter(|chunk| chunk.first() <= seq).map(|_| index)
     }
 
@@ -161,12 +164,12 @@ impl QueueLog {
                 None => return Peek::Empty,
             };
             let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
-            // A position without a record counts as gone: looking for it in the store would never end.
-            if self.chunks[index].has_record(seq) {
-                // Looked up again: the borrow of a value returned from inside a loop would outlive the loop.
+            // A position without a record counts as gone: looking for it in the store would never end. What has one can be
+            // read: it was made here, or was read before it came in.
+            if self.chunks[index].contains(seq) {
                 return match self.chunks[index].message(seq) {
                     Some(message) => Peek::Ready { seq, redelivered, message },
-                    None => Peek::Absent(seq), // not met: what cannot be read was not taken in
+                    None => Peek::Absent(seq),
                 };
             }
             self.take(seq, redelivered);
@@ -282,6 +285,8 @@ impl QueueLog {
         if start == self.head {
             self.head = end;
             self.advance_head();
+        } else if end - start == 1 {
+            self.consumed.insert(start);
         } else {
             self.consumed.insert_range(start, end);
         }

@@ -36,8 +36,8 @@ use crate::{
 pub const HIGH_WATER_BYTES: usize = 512 << 10;
 /// Bytes after which direct replies to the connection are dropped.
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
-/// What is written at once while the writer rests.
-const AT_ONCE_BYTES: usize = 512;
+/// What is written at once while the writer rests: more is worth a second core.
+const AT_ONCE_BYTES: usize = 16 << 10;
 /// Memory an idle connection's buffers may keep.
 const IDLE_BUFFER_BYTES: usize = 4 << 10;
 
@@ -56,6 +56,8 @@ struct Inner {
     wake_pending: bool,
     /// The writer has taken something out that it may not have written yet.
     writing: bool,
+    /// The writer sleeps, and has given the buffer's memory back.
+    rested: bool,
     closed: bool,
     /// The deliveries of the present turn are traced.
     tracing: bool,
@@ -93,6 +95,7 @@ impl Outbox {
                 cancel_notify: false,
                 wake_pending: false,
                 writing: false,
+                rested: false,
                 closed: false,
                 tracing: false,
                 traces: Vec::new(),
@@ -130,17 +133,34 @@ impl Outbox {
         let _ = self.attention.set(call);
     }
 
-    /// Writes what waits if that is little and the writer rests: confirms of one message at a time are so told of without
-    /// waking another thread.
-    fn write_at_once(&self, inner: &mut Inner) {
-        let rests = !inner.writing && !inner.wake_pending && !inner.full;
-        if rests
-            && inner.out.is_plain()
-            && inner.out.len() <= AT_ONCE_BYTES
+    /// Writes what waits if that is little and the writer rests: to wake another thread for it would cost more than the write.
+    /// Answers whether nothing is left.
+    fn write_at_once(&self, inner: &mut Inner) -> bool {
+        let is_little = inner.out.is_plain() && (1..=AT_ONCE_BYTES).contains(&inner.out.len());
+        if is_little
+            && !inner.writing
+            && !inner.full
             && let Some(write) = self.direct_write.get()
         {
             let written = write(&inner.out.bytes);
             inner.out.bytes.drain(..written);
+            if std::mem::take(&mut inner.rested) {
+                self.writable.notify_one(); // it gives the buffer's memory back when nothing comes any more
+            }
+        }
+        inner.out.is_empty()
+    }
+
+    /// Has what waits written: at once, or by the writer.
+    fn send(&self) {
+        let done = {
+            let mut inner = self.inner.lock();
+            let done = self.write_at_once(&mut inner);
+            inner.wake_pending &= !done;
+            done
+        };
+        if !done {
+            self.writable.notify_one();
         }
     }
 
@@ -201,6 +221,7 @@ impl Outbox {
     pub fn rest(&self, batch: &mut WriteBuffer) {
         batch.clear(0);
         let mut inner = self.inner.lock();
+        inner.rested = true;
         if inner.out.is_empty() {
             inner.out.bytes.shrink_to(IDLE_BUFFER_BYTES);
         }
@@ -240,11 +261,13 @@ impl Outbox {
         self.writable.notify_one();
     }
 
-    /// Wakes the writer if it has something to write and nobody has woken it.
+    /// Has written what waits, if nobody has done so.
     pub fn wake_if_needed(&self) {
         let wake = {
             let mut inner = self.inner.lock();
-            !inner.out.is_empty() && !std::mem::replace(&mut inner.wake_pending, true)
+            let waits = !inner.out.is_empty() && !inner.wake_pending && !self.write_at_once(&mut inner);
+            inner.wake_pending |= waits;
+            waits
         };
         if wake {
             self.wake_writer();
@@ -504,7 +527,7 @@ impl Port for Outbox {
         {
             self.broker.events().hand_over_traces(this);
         }
-        self.writable.notify_one();
+        self.send();
     }
 
     fn publish_traces(&self, effects: &mut Effects) -> bool {
@@ -572,13 +595,11 @@ impl WatermarkListener for Outbox {
         inner.listening = false;
         self.settle_confirms(inner, watermark);
         self.listen(inner);
-        if few {
-            self.write_at_once(inner);
-        }
-        let wake = !inner.out.is_empty();
+        let wake = !inner.out.is_empty() && !inner.wake_pending && !(few && self.write_at_once(inner));
+        inner.wake_pending |= wake;
         drop(guard);
         if wake {
-            self.wake();
+            self.wake_writer();
         }
     }
 }
