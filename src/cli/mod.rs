@@ -72,7 +72,7 @@ enum Command {
     /// Ask a running broker on this machine how it is, or for a backup
     Ctl(ctl::CtlArgs),
     /// Publish to and consume from a broker, and measure it
-    Perf(perf::PerfArgs),
+    Perf(perf::PerfCommand),
 }
 
 /// How long tasks that are still blocked after the server has stopped may hold up the exit.
