@@ -12,19 +12,25 @@
 //! [`confirms`] (what is unconfirmed), [`process`] (the broker's accounts), [`posix`] (system calls).
 //!
 //! Beside it stand the subcommands: [`compare`] runs loads against several brokers, of which one may be the [`floor`],
-//! a program that only rewrites frames.
+//! a program that only rewrites frames; [`churn`] makes and deletes things, [`idle`] holds connections that do nothing.
+//! They share [`bare`] (connections by the thousand), [`crew`] (threads) and [`figures`].
 //!
 //! # Measuring
 //! Bodies of 8 bytes or more begin with the sender's `CLOCK_MONOTONIC` in nanoseconds, so latency is
 //! end to end on one machine. A paced message carries the time it was due, so a stall shows in every message
 //! it delayed. Unpaced, only the first message of each read is measured, which is the one that waited longest.
 
+mod bare;
+mod churn;
 mod compare;
 mod confirms;
 mod connection;
 mod consumer;
+mod crew;
 mod error;
+mod figures;
 mod floor;
+mod idle;
 mod load;
 mod message_block;
 mod meter;
@@ -46,6 +52,8 @@ pub use options::PerfArgs;
 const EXAMPLES: &str = "\
 Subcommands (leveret perf COMMAND --help says more):
   leveret perf compare --a URI,PID --b URI,PID                 the same loads against several brokers, in turns
+  leveret perf churn --what queues --channels 50               declare and delete as fast as the broker answers
+  leveret perf idle --connections 10000 --pid BROKER_PID       what connections cost that do nothing
   leveret perf floor                                           what no broker can beat, to measure against";
 
 // No doc comment here: the help text is that of the load's options.
@@ -62,6 +70,8 @@ pub struct PerfCommand {
 #[derive(Debug, Clone, clap::Subcommand)]
 enum Measurement {
     Compare(Box<compare::CompareArgs>),
+    Churn(churn::ChurnArgs),
+    Idle(idle::IdleArgs),
     Floor(floor::FloorArgs),
 }
 
@@ -73,6 +83,8 @@ pub fn run(command: PerfCommand) -> Result<(), PerfError> {
     match command.measurement {
         None => load(command.load),
         Some(Measurement::Compare(args)) => compare::run(*args),
+        Some(Measurement::Churn(args)) => churn::run(args),
+        Some(Measurement::Idle(args)) => idle::run(args),
         Some(Measurement::Floor(args)) => floor::run(&args),
     }
 }

@@ -264,6 +264,11 @@ impl FrameReader {
         Self { buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 }
     }
 
+    /// Forgets what is unread, so that another connection can use the buffer.
+    pub(super) fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
     /// Reads once, as much as `source` has and the buffer holds. 0 is the end of the stream.
     ///
     /// There is always room, provided the frames read so far have been walked over.

@@ -1,5 +1,6 @@
 //! A comparison as text for a terminal, and as a Markdown table for a page.
 
+use super::super::figures::{duration, percent, significant};
 use super::super::report::grouped;
 use super::statistics::{Cell, Comparison, Latency, Line, Measurement, Ratios, Run};
 
@@ -141,32 +142,6 @@ fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
     text
 }
 
-fn duration(us: f64) -> String {
-    match us {
-        us if us < 1e3 => format!("{} µs", significant(us)),
-        us if us < 1e6 => format!("{} ms", significant(us / 1e3)),
-        us => format!("{} s", significant(us / 1e6)),
-    }
-}
-
-/// Rounded down, so that only what is complete says so.
-fn percent(share: f64) -> String {
-    let tenths = (share * 1e3).floor() / 10.0;
-    if tenths.fract() == 0.0 { format!("{tenths:.0} %") } else { format!("{tenths:.1} %") }
-}
-
-/// Three significant digits, without an exponent.
-fn significant(value: f64) -> String {
-    match value.abs() {
-        size if size >= 100.0 => grouped(value),
-        size if size >= 10.0 => format!("{value:.1}"),
-        size if size >= 1.0 => format!("{value:.2}"),
-        size if size >= 0.1 => format!("{value:.3}"),
-        size if size >= 0.01 => format!("{value:.4}"),
-        _ => format!("{value:.5}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -242,14 +217,5 @@ mod tests {
              | 16 B | 1,234,567/s; CPU 0.0598 µs | 2,469,134/s (x2.00); CPU 0.0299 µs (x0.500) |\n\
              | paced | - | p50 12.3 µs, p99 1.50 ms (x12.0), p99.9 2.00 s; 99.9 % delivered ! |\n"
         );
-    }
-
-    #[test]
-    fn numbers_have_three_digits_and_only_what_is_complete_is_a_hundred_percent() {
-        assert_eq!(
-            [0.001234, 0.05984, 0.5, 1.0, 18.5, 154.2, 1_540.0].map(significant),
-            ["0.00123", "0.0598", "0.500", "1.00", "18.5", "154", "1,540"]
-        );
-        assert_eq!([1.0, 0.999_99, 0.5, 3.0].map(percent), ["100 %", "99.9 %", "50 %", "300 %"]);
     }
 }
