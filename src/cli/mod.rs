@@ -71,7 +71,8 @@ enum Command {
     Ping(ping::PingArgs),
     /// Ask a running broker on this machine how it is, or for a backup
     Ctl(ctl::CtlArgs),
-    /// Publish to and consume from a broker, and measure it
+    // The long text stands with the options.
+    #[command(about = "Publish to and consume from a broker, and measure it")]
     Perf(Box<perf::PerfCommand>),
 }
 

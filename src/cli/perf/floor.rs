@@ -9,7 +9,7 @@
 //! A connection has a reader thread and a writer thread. What is to be written waits in its [`Outbox`]; publishers
 //! append to the consumer's under its lock, whole messages at a time: an unfinished one stays in the read buffer until
 //! it is complete. One that is too long for that is passed on piece by piece, and its publisher holds the outbox
-//! meanwhile. No thread holds two outboxes' locks.
+//! meanwhile. No thread holds two outboxes' locks; that of the consumers may be taken while one is held.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -55,8 +55,8 @@ const CONSUMER_TAG: &[u8] = &[1, b'c'];
 /// Runs until it is stopped.
 ///
 /// Examples:
-///   leveret perf floor
-///   leveret perf --uri amqp://127.0.0.1:5675 --pid $(pgrep -f 'perf floor')
+///   leveret perf floor & floor=$!
+///   leveret perf --uri amqp://127.0.0.1:5675 --pid $floor
 ///   leveret perf floor --listen 127.0.0.1:0 --fan-out     a port of the system's choice; every consumer gets a copy
 #[derive(Debug, Clone, clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -369,11 +369,10 @@ impl Session {
             pending.bytes.append(&mut self.answers);
             if let Some(Wish::Consume { channel }) = wish {
                 pending.channel = channel;
+                // Under the lock: no delivery may be before the answer, and none may be missed after it.
+                self.consumers.add(&self.own);
             }
             self.own.filled.notify_one();
-        }
-        if let Some(Wish::Consume { .. }) = wish {
-            self.consumers.add(&self.own);
         }
     }
 }

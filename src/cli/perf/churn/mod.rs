@@ -5,7 +5,8 @@
 //! Nothing is pipelined, so more speed comes from more connections and channels only.
 //!
 //! [`options`] makes a checked plan of the command line, [`operation`] knows the requests, [`lanes`] sends them on the
-//! channels of one connection, [`sockets`] opens and closes connections themselves; [`tally`] counts, [`report`] prints.
+//! channels of one connection, [`sockets`] opens and closes connections themselves; [`tally`] counts, [`report`]
+//! prints.
 
 mod lanes;
 mod operation;

@@ -17,9 +17,9 @@ const MAX_CHANNELS: u16 = 60_000;
 
 /// Opens and closes, or declares and deletes, as fast as the broker answers.
 ///
-/// Each channel has one request outstanding: it waits for the answer before it sends the next one. Reported are operations per
-/// second (one is both, opening and closing), how long each of the two requests takes, and with --pid the broker's CPU
-/// time per operation.
+/// Each channel has one request outstanding: it waits for the answer before it sends the next one. Reported are
+/// operations per second (one is both, opening and closing), how long each of the two requests takes, and with --pid
+/// the broker's CPU time per operation.
 ///
 /// Examples:
 ///   leveret perf churn --what connections --connections 8

@@ -24,7 +24,8 @@ use statistics::{Comparison, Run};
 
 /// Runs every shape against every broker, and prints what came of it to standard output.
 ///
-/// A run that fails is told on standard error and leaves a gap in the table. After Ctrl-C the table shows what there is.
+/// A run that fails is told on standard error and leaves a gap in the table. After Ctrl-C the table shows what there
+/// is.
 ///
 /// # Errors
 /// A command line that makes no sense, and output that cannot be written.

@@ -24,7 +24,7 @@ const OWN_OPTIONS: [&str; 3] = ["--uri", "--pid", "--json"];
 /// messages that were missing or unconfirmed; why is on standard error. It starts no broker.
 ///
 /// Examples:
-///   leveret perf compare --a leveret=amqp://127.0.0.1:5672,$(pidof leveret) --b rabbitmq=amqp://127.0.0.1:5673,$(pidof beam.smp)
+///   leveret perf compare --a amqp://localhost,$(pidof leveret) --b rabbitmq=amqp://localhost:5673,$(pidof beam.smp)
 ///   leveret perf compare --a old=amqp://127.0.0.1:5672 --b new=amqp://127.0.0.1:5673 --only 'ack' --runs 3 --time 2
 ///   leveret perf compare --a … --b … --shape '4 KiB, two queues: --size 4096 --queues 2 -x 2 -y 2' --json
 ///   leveret perf compare --a … --b … --add '--batch 1'     as many small writes as small clients make

@@ -42,7 +42,8 @@ const DECLARE_AUTO_DELETE: u8 = 1 << 3;
 /// Opens the connections, holds them, closes them, and prints what that cost to standard output.
 ///
 /// # Errors
-/// Whatever kept it from starting, or cut it short. In the second case the report of what was open is printed all the same.
+/// Whatever kept it from starting, or cut it short. In the second case the report of what was open is printed all the
+/// same.
 pub(super) fn run(args: IdleArgs) -> Result<(), PerfError> {
     let plan = args.into_plan()?;
     raise_file_limit(plan.connection_count)?;

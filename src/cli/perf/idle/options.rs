@@ -12,8 +12,8 @@ const MAX_SECONDS: f64 = 1e6;
 /// Opens connections, lets them do nothing, and closes them.
 ///
 /// Reported are connections opened and closed per second, and with --pid what each one adds to the broker's resident
-/// memory and how much CPU time the broker uses while nothing happens. Heartbeats are negotiated away. The limit of open
-/// files is raised as far as the system allows; the broker's own has to suffice, too.
+/// memory and how much CPU time the broker uses while nothing happens. Heartbeats are negotiated away. The limit of
+/// open files is raised as far as the system allows; the broker's own has to suffice, too.
 ///
 /// Examples:
 ///   leveret perf idle --connections 10000 --pid $(pidof leveret)
