@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures Leveret beside RabbitMQ and the floor, and writes the figures into README.md and docs/benchmarks.md.
 
-    make bench                                      everything, with real figures at the end (an hour)
+    make bench                                      everything, which takes more than half an hour
     BENCH_QUICK=1 benches/matrix.py                 every step once, shortly; prints the figures and writes no file
     benches/matrix.py --only 'ack each'             arguments go to leveret perf compare
     benches/matrix.py --d other=amqp://127.0.0.1:5673,4711
@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -353,13 +354,14 @@ def setting(leveret, work, brokers):
     kind = subprocess.run(["stat", "-f", "-c", "%T", str(work)], capture_output=True, text=True).stdout.strip()
     others = ""
     if any(broker.name == "rabbitmq" for broker in brokers):
-        others = f",\nRabbitMQ {rabbitmq_release(work)} with default settings (its confirms are not synced)"
-    quick = "\n**A quick run, which only shows that everything works.**" if QUICK else ""
-    return (
-        f"Made by `make bench` on {datetime.date.today()}, on {os.cpu_count()} cores, {memory:.0f} GiB, {system},\n"
-        f"data on {kind}; generator and brokers share the cores. Leveret {version} with default settings (its confirms are\n"
-        f"synced){others}, and the floor, which is no broker.{quick}\n"
+        others = f", RabbitMQ {rabbitmq_release(work)} with default settings (its confirms are not synced)"
+    quick = " **A quick run, which only shows that everything works.**" if QUICK else ""
+    text = (
+        f"Made by `make bench` on {datetime.date.today()}, on {os.cpu_count()} cores, {memory:.0f} GiB, {system}, "
+        f"data on {kind}; generator and brokers share the cores. Leveret {version} with default settings (its confirms "
+        f"are synced){others}, and the floor, which is no broker.{quick}"
     )
+    return textwrap.fill(text, width=120) + "\n"
 
 
 def rabbitmq_release(work):

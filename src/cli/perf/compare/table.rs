@@ -33,11 +33,15 @@ pub(super) fn text(comparison: &Comparison) -> String {
         comparison.run_count, comparison.seconds, comparison.against
     );
     text += &aligned(&rows);
-    if comparison.lines.iter().flat_map(|line| &line.cells).any(|cell| cell.median.is_none()) {
+    let any = |applies: &dyn Fn(&Cell) -> bool| comparison.lines.iter().flat_map(|line| &line.cells).any(applies);
+    if any(&|cell| cell.median.is_none()) {
         text += "\n- in place of a rate: a run failed";
     }
-    if comparison.lines.iter().flat_map(|line| &line.cells).any(is_lacking) {
+    if any(&is_lacking) {
         text += "\n! behind a rate: messages were missing, damaged or unconfirmed";
+    }
+    if any(&|cell| cell.median.is_some() && cell.runs.len() < comparison.run_count as usize) {
+        text += "\ncut short: not every figure has all its runs";
     }
     text.trim_end().to_owned() + "\n"
 }
