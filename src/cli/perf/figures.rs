@@ -101,9 +101,9 @@ mod tests {
     fn percentiles_need_a_sample() {
         let mut latencies = Latencies::new();
         assert_eq!(Percentiles::of(&latencies), None);
-        latencies.record(2_000, 10);
+        latencies.record(2_000_000, 10);
         let percentiles = Percentiles::of(&latencies).expect("ten");
         assert_eq!(percentiles.samples, 10);
-        assert!(percentiles.text().starts_with("p50 2.00 µs   p99 2.00 µs"), "{}", percentiles.text());
+        assert!(percentiles.text().starts_with("p50 2.00 ms   p99 2.00 ms"), "{}", percentiles.text());
     }
 }
