@@ -18,7 +18,6 @@ SOAK_SECONDS ?= 3600
 FUZZ_SECONDS ?= 600
 DAMAGE_ROUNDS ?= 1000
 ARGS ?=
-PEERS ?=
 RECORD ?=
 
 RUST_NEEDED := 1.91
@@ -128,9 +127,9 @@ fuzz: deps ## Feed random frames, tables and properties to the parsers (FUZZ_SEC
 	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test $(CARGO_FLAGS) --test fuzz -- --nocapture
 
 .PHONY: bench
-bench: build ## Measure the hot functions, then the broker beside others (PEERS="name=uri,pid ...")
+bench: build ## Measure the hot functions, then Leveret beside RabbitMQ and the floor; writes the figures into the docs
 	cargo bench --locked
-	LEVERET_BIN='$(BIN)' tests/with_broker.sh bash -c 'benches/side_by_side.sh $(ARGS) "leveret=$$AMQP_URL,$$LEVERET_PID" $(PEERS)'
+	LEVERET_BIN='$(BIN)' python3 benches/matrix.py $(ARGS)
 
 .PHONY: instructions
 instructions: deps valgrind-deps ## Count the instructions of the hot functions; 3 % more than recorded fail (RECORD=1 records)

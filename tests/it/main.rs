@@ -25,6 +25,7 @@ mod frames;
 mod leaks;
 mod limits;
 mod paging;
+mod perf_commands;
 mod perf_smoke;
 mod policies;
 mod queue;

@@ -4,7 +4,7 @@
 //! and no wait is without an end.
 
 use std::io::{self, ErrorKind, Write};
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Without any progress for so long, waiting ends.
 pub(super) const PROGRESS_LIMIT: Duration = Duration::from_secs(10);
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// The kernel doubles it for its own use.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
@@ -81,6 +81,11 @@ impl Connection {
         connection.call_on(0, method::CONNECTION_OPEN, &open, method::CONNECTION_OPEN_OK)?;
         connection.call(method::CHANNEL_OPEN, &Arguments::new().short_string(""), method::CHANNEL_OPEN_OK)?;
         Ok(connection)
+    }
+
+    /// Where the broker listens, the one of its addresses that answered.
+    pub(super) fn peer_address(&self) -> Result<SocketAddr, PerfError> {
+        self.stream.peer_addr().map_err(|source| PerfError::Io { during: "setting up", source })
     }
 
     /// Keeps what a publisher is ahead of the broker small: bytes in the kernel count as published.
@@ -285,7 +290,7 @@ pub(super) fn notice(id: MethodId, arguments: &[u8]) -> Result<Notice<'_>, PerfE
     })
 }
 
-fn is_not_yet(error: &io::Error) -> bool {
+pub(super) fn is_not_yet(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
 
@@ -303,14 +308,14 @@ fn connect(uri: &Uri) -> Result<TcpStream, PerfError> {
     Err(failed(last))
 }
 
-fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
+pub(super) fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(POLL_INTERVAL))?;
     stream.set_write_timeout(Some(POLL_INTERVAL))?;
     Ok(stream)
 }
 
-fn start_ok(uri: &Uri) -> Arguments {
+pub(super) fn start_ok(uri: &Uri) -> Arguments {
     let true_field = |key: &str| Arguments::new().short_string(key).octet(b't').octet(1);
     let capabilities = [
         "authentication_failure_close",

@@ -29,17 +29,25 @@ pub(super) mod method {
     pub const CHANNEL_FLOW: MethodId = (20, 20);
     pub const CHANNEL_FLOW_OK: MethodId = (20, 21);
     pub const CHANNEL_CLOSE: MethodId = (20, 40);
+    pub const CHANNEL_CLOSE_OK: MethodId = (20, 41);
+    pub const EXCHANGE_DECLARE: MethodId = (40, 10);
+    pub const EXCHANGE_DECLARE_OK: MethodId = (40, 11);
+    pub const EXCHANGE_DELETE: MethodId = (40, 20);
+    pub const EXCHANGE_DELETE_OK: MethodId = (40, 21);
     pub const QUEUE_DECLARE: MethodId = (50, 10);
     pub const QUEUE_DECLARE_OK: MethodId = (50, 11);
     pub const QUEUE_BIND: MethodId = (50, 20);
     pub const QUEUE_BIND_OK: MethodId = (50, 21);
     pub const QUEUE_DELETE: MethodId = (50, 40);
     pub const QUEUE_DELETE_OK: MethodId = (50, 41);
+    pub const QUEUE_UNBIND: MethodId = (50, 50);
+    pub const QUEUE_UNBIND_OK: MethodId = (50, 51);
     pub const BASIC_QOS: MethodId = (60, 10);
     pub const BASIC_QOS_OK: MethodId = (60, 11);
     pub const BASIC_CONSUME: MethodId = (60, 20);
     pub const BASIC_CONSUME_OK: MethodId = (60, 21);
     pub const BASIC_CANCEL: MethodId = (60, 30);
+    pub const BASIC_CANCEL_OK: MethodId = (60, 31);
     pub const BASIC_PUBLISH: MethodId = (60, 40);
     pub const BASIC_DELIVER: MethodId = (60, 60);
     pub const BASIC_ACK: MethodId = (60, 80);
@@ -254,6 +262,11 @@ impl FrameReader {
     pub(super) fn new() -> Self {
         // Zeroed by the allocator: pages that no read reaches are never touched.
         Self { buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 }
+    }
+
+    /// Forgets what is unread, so that another connection can use the buffer.
+    pub(super) fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
     }
 
     /// Reads once, as much as `source` has and the buffer holds. 0 is the end of the stream.
