@@ -6,10 +6,13 @@
 //! deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
 //!
 //! # Map
-//! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares the
-//! queues, each [`publisher`] and [`consumer`] runs on a [`connection`] of its own and counts on a [`meter`],
-//! [`report`] adds up. Below: [`wire`] (frames), [`message_block`] (many copies of a message),
-//! [`confirms`] (what is unconfirmed), [`process`] (the broker's accounts), [`posix`] (system calls).
+//! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange
+//! and queues, [`crew`] opens the workers' connections and starts their threads, [`watch`] looks after them,
+//! [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it sends: [`pace`]) and [`consumer`]
+//! (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on a [`meter`] and records
+//! [`latencies`]. Below: [`wire`] (frames), [`fields`] and [`properties`] (what goes into them),
+//! [`message_block`] (many messages to a write), [`confirms`] (what is unconfirmed), [`process`] (the broker's
+//! accounts), [`posix`] (system calls).
 //!
 //! # Measuring
 //! Bodies of 8 bytes or more begin with the sender's `CLOCK_MONOTONIC` in nanoseconds, so latency is
@@ -19,18 +22,26 @@
 mod confirms;
 mod connection;
 mod consumer;
+mod crew;
 mod error;
+mod fields;
+mod inbox;
+mod intake;
+mod latencies;
 mod load;
 mod message_block;
 mod meter;
 mod options;
+mod pace;
 mod posix;
 mod process;
 mod progress;
+mod properties;
 mod publisher;
 mod report;
 mod topology;
 mod uri;
+mod watch;
 mod wire;
 
 use std::io::{self, Write};

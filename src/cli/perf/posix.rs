@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
 const NANOS_PER_SECOND: u64 = 1_000_000_000;
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -41,6 +43,20 @@ pub(super) fn wait_readable(socket: BorrowedFd<'_>, timeout: Duration) -> io::Re
 pub(super) fn use_precise_timers() {
     // SAFETY: plain integers; a refusal only leaves the default slack.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong, 0, 0, 0) };
+}
+
+/// Lets this process have `wanted` files open, as far as its hard limit goes; returns how many it may.
+pub(super) fn allow_open_files(wanted: u64) -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let (current, most) = (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX));
+    let raised = wanted.min(most);
+    if raised <= current {
+        return current;
+    }
+    match setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limit }) {
+        Ok(()) => raised,
+        Err(_) => current,
+    }
 }
 
 /// CPU time that this process has used so far, user and system together.
