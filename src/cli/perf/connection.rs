@@ -6,7 +6,7 @@
 
 use std::io::{self, ErrorKind, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::error::PerfError;
@@ -115,6 +115,11 @@ impl Connection {
     /// How long [`Self::read`] blocks at most.
     pub(super) fn patience(&self) -> Duration {
         self.patience
+    }
+
+    /// The socket, to wait for its input together with others.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 
     /// Accepts the broker's limits as far as ours allow, without heartbeats.

@@ -96,6 +96,11 @@ impl Consumer {
             Some(interval) => self.poll(interval),
             None => self.consume(),
         };
+        self.end(consumed)
+    }
+
+    /// Takes leave, unless the run was aborted, and hands in the accounts.
+    pub(super) fn end(mut self, consumed: Result<(), PerfError>) -> ConsumerOutcome {
         self.intake.latencies.hand_over();
         self.meter.finish();
         let error = self.connection.finish_after(consumed, self.control.is_aborted());
@@ -108,8 +113,22 @@ impl Consumer {
         }
     }
 
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// For one that shares its thread: reads once, and takes in all that is there.
+    pub(super) fn take_in(&mut self) -> Result<(), PerfError> {
+        self.connection.read("consuming")?;
+        self.take_block()
+    }
+
     fn is_over(&self) -> bool {
-        self.control.consumers_stopped() || self.message_count.is_some_and(|count| self.delivered >= count)
+        self.control.consumers_stopped() || self.has_its_fill()
+    }
+
+    pub(super) fn has_its_fill(&self) -> bool {
+        self.message_count.is_some_and(|count| self.delivered >= count)
     }
 
     fn consume(&mut self) -> Result<(), PerfError> {
@@ -129,7 +148,7 @@ impl Consumer {
     }
 
     /// Takes in the deliveries of one read, and sends their acks in one write.
-    fn take_block(&mut self) -> Result<(), PerfError> {
+    pub(super) fn take_block(&mut self) -> Result<(), PerfError> {
         let now = monotonic_ns();
         self.intake.sampled = false;
         while let Some(frame) = self.connection.reader.next_frame()? {
@@ -216,7 +235,8 @@ impl Consumer {
         }
     }
 
-    fn send_last_acks(&mut self) -> Result<(), PerfError> {
+    /// Acknowledges what is not yet, full batch or not.
+    pub(super) fn send_last_acks(&mut self) -> Result<(), PerfError> {
         self.intake.acks.flush();
         self.send_acks()
     }

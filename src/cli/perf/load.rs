@@ -70,8 +70,8 @@ fn run(
     let watched = Watch::new(plan, &crew, &mut pools, baseline, ready_before).until_the_end();
     crew.control.stop_consumers();
     let meters: (Vec<_>, Vec<_>) = (
-        crew.publishers.iter().map(|worker| worker.meter.clone()).collect(),
-        crew.consumers.iter().map(|worker| worker.meter.clone()).collect(),
+        crew.publishers.iter().flat_map(|team| team.meters.clone()).collect(),
+        crew.consumers.iter().flat_map(|team| team.meters.clone()).collect(),
     );
     let (publishers, consumers) = crew.join();
     let baseline = watched.baseline;

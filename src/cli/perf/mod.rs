@@ -7,7 +7,8 @@
 //!
 //! # Map
 //! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange
-//! and queues, [`crew`] opens the workers' connections and starts their threads, [`watch`] looks after them,
+//! and queues, [`crew`] opens the workers' connections and starts their threads (which hundreds share, as a
+//! [`crowd`]), [`watch`] looks after them,
 //! [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it sends: [`pace`]) and [`consumer`]
 //! (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on a [`meter`] and records
 //! [`latencies`]. Below: [`wire`] (frames), [`fields`] and [`properties`] (what goes into them),
@@ -23,6 +24,7 @@ mod confirms;
 mod connection;
 mod consumer;
 mod crew;
+mod crowd;
 mod error;
 mod fields;
 mod inbox;

@@ -34,6 +34,9 @@ pub(super) struct Publisher {
     rate_per_second: Option<f64>,
     /// Where in the interval between two messages this publisher has its turn, from 0 to 1.
     phase: f64,
+    /// When messages are due; `None` for as fast as it goes. Set when publishing begins, as is the next one.
+    pace: Option<Pace>,
+    deadline_ns: u64,
     transactions: Option<Transactions>,
     sent: u64,
     last_write_ns: u64,
@@ -63,6 +66,16 @@ struct Transactions {
     open: u64,
     committed: u64,
     latencies: Recorder,
+}
+
+/// What a publisher that shares its thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// This moment, or input.
+    Until(u64),
+    Input,
+    /// It has published everything.
+    End,
 }
 
 /// What to do next.
@@ -104,6 +117,8 @@ impl Publisher {
             limit,
             rate_per_second: plan.rate_per_second,
             phase: index as f64 / plan.publisher_count as f64,
+            pace: None,
+            deadline_ns: u64::MAX,
             transactions,
             sent: 0,
             last_write_ns: 0,
@@ -117,14 +132,23 @@ impl Publisher {
         self.meter.clone()
     }
 
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     /// Publishes until its limit, waits for the confirms, and takes leave.
     pub(super) fn run(mut self) -> PublisherOutcome {
         let published = self.publish().and_then(|()| self.commit_rest());
         self.meter.finish();
         let settled = published.and_then(|()| self.settle());
-        let now = monotonic_ns();
-        self.inbox.on_unblocked(now);
-        let error = self.connection.finish_after(settled, self.control.is_aborted());
+        self.end(settled)
+    }
+
+    /// Takes leave, unless the run was aborted, and hands in the accounts.
+    pub(super) fn end(mut self, work: Result<(), PerfError>) -> PublisherOutcome {
+        self.meter.finish();
+        self.inbox.on_unblocked(monotonic_ns());
+        let error = self.connection.finish_after(work, self.control.is_aborted());
         self.meter.set_blocked(false);
         PublisherOutcome {
             confirms: self.inbox.ledger,
@@ -136,19 +160,24 @@ impl Publisher {
         }
     }
 
-    fn publish(&mut self) -> Result<(), PerfError> {
+    /// Lets time and pace begin.
+    pub(super) fn begin(&mut self) {
         let start_ns = monotonic_ns();
-        let pace = self.rate_per_second.map(|rate| Pace::new(start_ns, rate, self.phase));
-        if pace.is_some() {
+        self.pace = self.rate_per_second.map(|rate| Pace::new(start_ns, rate, self.phase));
+        if self.pace.is_some() {
             posix::use_precise_timers();
         }
-        let deadline_ns = self.limit.duration.map_or(u64::MAX, |duration| start_ns.saturating_add(nanos(duration)));
+        self.deadline_ns = self.limit.duration.map_or(u64::MAX, |duration| start_ns.saturating_add(nanos(duration)));
         self.last_progress_ns = start_ns;
+    }
+
+    fn publish(&mut self) -> Result<(), PerfError> {
+        self.begin();
         loop {
             let now = monotonic_ns();
-            match self.turn(now, deadline_ns, pace.as_ref()) {
+            match self.turn(now) {
                 Turn::Send(count) => {
-                    self.send(count, now, pace.as_ref())?;
+                    self.send(count, now)?;
                     if !self.window_is_full() {
                         self.listen(Duration::ZERO)?;
                     }
@@ -167,9 +196,45 @@ impl Publisher {
         }
     }
 
-    fn turn(&self, now_ns: u64, deadline_ns: u64, pace: Option<&Pace>) -> Turn {
+    /// For one that shares its thread: sends what may be sent, and says what to wait for then.
+    ///
+    /// It waits itself only as long as the socket takes nothing.
+    pub(super) fn step(&mut self) -> Result<Wait, PerfError> {
+        loop {
+            let now = monotonic_ns();
+            match self.turn(now) {
+                Turn::Send(count) => self.send(count, now)?,
+                Turn::Commit => self.commit()?,
+                Turn::Listen => {
+                    self.check_progress("publishing")?;
+                    return Ok(Wait::Input);
+                }
+                Turn::Rest(duration) => {
+                    self.last_progress_ns = now;
+                    return Ok(Wait::Until(now.saturating_add(nanos(duration))));
+                }
+                Turn::Finished => {
+                    self.commit_rest()?;
+                    self.meter.finish();
+                    return Ok(Wait::End);
+                }
+            }
+        }
+    }
+
+    /// Takes in what the broker has said so far.
+    pub(super) fn take_in(&mut self) -> Result<(), PerfError> {
+        self.listen(Duration::ZERO)
+    }
+
+    /// Messages whose confirms are still to come.
+    pub(super) fn outstanding(&self) -> u64 {
+        self.inbox.ledger.as_ref().map_or(0, ConfirmLedger::outstanding)
+    }
+
+    fn turn(&self, now_ns: u64) -> Turn {
         let left = self.limit.message_count.unwrap_or(u64::MAX).saturating_sub(self.sent);
-        if left == 0 || now_ns >= deadline_ns || self.control.is_aborted() {
+        if left == 0 || now_ns >= self.deadline_ns || self.control.is_aborted() {
             return Turn::Finished;
         }
         if self.inbox.is_paused() {
@@ -183,16 +248,16 @@ impl Publisher {
             count = count.min(transactions.size - transactions.open);
         }
         if let Some(ledger) = &self.inbox.ledger {
-            let worthwhile = if pace.is_some() { 1 } else { (ledger.window() / WINDOW_PARTS).min(left).max(1) };
+            let worthwhile = if self.pace.is_some() { 1 } else { (ledger.window() / WINDOW_PARTS).min(left).max(1) };
             if ledger.free() < worthwhile {
                 return Turn::Listen;
             }
             count = count.min(ledger.free());
         }
-        if let Some(pace) = pace {
+        if let Some(pace) = &self.pace {
             let due = pace.due(now_ns).saturating_sub(self.sent);
             if due == 0 {
-                let next_ns = pace.sending_ns(self.sent).min(deadline_ns);
+                let next_ns = pace.sending_ns(self.sent).min(self.deadline_ns);
                 return Turn::Rest(Duration::from_nanos(next_ns.saturating_sub(now_ns)));
             }
             count = count.min(due);
@@ -205,8 +270,8 @@ impl Publisher {
     }
 
     /// Sends `count` messages in one block, stamped with the time they are sent, or were due.
-    fn send(&mut self, count: u64, now_ns: u64, pace: Option<&Pace>) -> Result<(), PerfError> {
-        let sent = self.sent;
+    fn send(&mut self, count: u64, now_ns: u64) -> Result<(), PerfError> {
+        let (sent, pace) = (self.sent, self.pace);
         let sending_ns = |index| pace.map_or(now_ns, |pace| pace.sending_ns(sent + index));
         self.block.stamp(count, sending_ns);
         if let Some(ledger) = &mut self.inbox.ledger {

@@ -151,7 +151,7 @@ impl<'a> Watch<'a> {
     fn while_consuming(&mut self) -> DrainEnd {
         let drains = self.plan.is_open_ended && self.ready_before > 0;
         let duration = self.plan.limit_of(0).duration.filter(|_| !drains);
-        while !self.crew.consumers.iter().all(|worker| worker.meter.is_done()) {
+        while !self.crew.consuming_is_over() {
             if self.tick() {
                 return DrainEnd::Aborted;
             }
@@ -172,7 +172,7 @@ impl<'a> Watch<'a> {
         let start = Instant::now();
         self.last_change.0 = start;
         loop {
-            let settled = self.crew.publishers.iter().all(|worker| worker.thread.is_finished());
+            let settled = self.crew.publishers_are_settled();
             if self.plan.consumer_count == 0 && settled {
                 return DrainEnd::NotNeeded;
             }
