@@ -30,6 +30,9 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// The kernel doubles it for its own use.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
+/// What the send buffers of all publishers may hold together before each gets a smaller one.
+const ALL_SEND_BUFFERS_BYTES: usize = 16 << 20;
+const MIN_SEND_BUFFER_BYTES: usize = 16 << 10;
 const MIN_FRAME_MAX_BYTES: u32 = 4096;
 const REPLY_SUCCESS: u16 = 200;
 
@@ -97,10 +100,11 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Keeps what a publisher is ahead of the broker small: bytes in the kernel count as published.
-    pub(super) fn bound_send_buffer(&self) -> Result<(), PerfError> {
+    /// Keeps what `publishers` are ahead of the broker small: bytes in the kernel count as published.
+    pub(super) fn bound_send_buffer(&self, publishers: usize) -> Result<(), PerfError> {
+        let bytes = (ALL_SEND_BUFFERS_BYTES / publishers.max(1)).clamp(MIN_SEND_BUFFER_BYTES, SEND_BUFFER_BYTES);
         socket2::SockRef::from(&self.stream)
-            .set_send_buffer_size(SEND_BUFFER_BYTES)
+            .set_send_buffer_size(bytes)
             .map_err(|source| PerfError::Io { during: "setting up", source })
     }
 

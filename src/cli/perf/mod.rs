@@ -2,8 +2,8 @@
 //!
 //! It publishes and consumes as fast as the broker lets it (or at a fixed rate), and reports rates, end-to-end
 //! and confirm latencies, losses, and what the run cost the broker's process. It must never be the bottleneck:
-//! plain blocking threads, one per connection; a message's frames encoded once and written many at a time;
-//! deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
+//! plain blocking threads, one per connection up to hundreds; a message's frames encoded once and written many
+//! at a time; deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
 //!
 //! # Map
 //! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange

@@ -107,7 +107,7 @@ impl Publisher {
             connection.call(method::TX_SELECT, &Arguments::new(), method::TX_SELECT_OK)?;
             transactions = Some(Transactions { size, open: 0, committed: 0, latencies });
         }
-        connection.bound_send_buffer()?;
+        connection.bound_send_buffer(plan.publisher_count)?;
         connection.set_patience(plan.worker_count())?;
         let limit = plan.limit_of(index);
         Ok(Self {

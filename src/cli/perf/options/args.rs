@@ -13,9 +13,9 @@ const CONSUMERS: &str = "Consumers";
 
 /// Loads a broker with messages and says how fast, how late and at what cost they arrive.
 ///
-/// Publishers and consumers have a connection and a thread each. Without --rate they publish as fast as
-/// the broker takes it. The queues (and the exchange, with --exchange-type) are declared at the start and
-/// deleted at the end.
+/// Publishers and consumers have a connection each, and a thread each as long as they are no hundreds. Without
+/// --rate they publish as fast as the broker takes it. The queues (and the exchange, with --exchange-type) are
+/// declared at the start and deleted at the end.
 ///
 /// Examples:
 ///   leveret perf                                                 16 bytes, auto-ack, 10 s
