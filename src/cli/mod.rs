@@ -72,7 +72,7 @@ enum Command {
     /// Ask a running broker on this machine how it is, or for a backup
     Ctl(ctl::CtlArgs),
     /// Publish to and consume from a broker, and measure it
-    Perf(perf::PerfArgs),
+    Perf(Box<perf::PerfArgs>),
 }
 
 /// How long tasks that are still blocked after the server has stopped may hold up the exit.
@@ -118,7 +118,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             ctl::CtlError::Config(_) => Failure::usage(error),
             _ => Failure::running(error),
         }),
-        Some(Command::Perf(args)) => perf::run(args).map_err(Failure::running),
+        Some(Command::Perf(args)) => perf::run(*args).map_err(Failure::running),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

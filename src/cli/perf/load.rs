@@ -6,7 +6,6 @@
 
 use std::time::{Duration, Instant};
 
-use super::crew::{Crew, Opened};
 use super::error::PerfError;
 use super::meter::Total;
 use super::options::Plan;
@@ -15,6 +14,7 @@ use super::process::ProcessSample;
 use super::report::{Observed, Report};
 use super::topology::Topology;
 use super::watch::Watch;
+use super::workers::{Opened, Workers};
 
 /// Files that are open besides the workers' connections, with room to spare.
 const OTHER_FILES: u64 = 64;
@@ -66,14 +66,14 @@ fn run(
     opened: Opened,
 ) -> Result<(Report, Option<PerfError>), PerfError> {
     let baseline = super::watch::Baseline::at_start(plan)?;
-    let (crew, mut pools) = Crew::start(opened)?;
-    let watched = Watch::new(plan, &crew, &mut pools, baseline, ready_before).until_the_end();
-    crew.control.stop_consumers();
+    let (workers, mut pools) = Workers::start(opened)?;
+    let watched = Watch::new(plan, &workers, &mut pools, baseline, ready_before).until_the_end();
+    workers.control.stop_consumers();
     let meters: (Vec<_>, Vec<_>) = (
-        crew.publishers.iter().flat_map(|team| team.meters.clone()).collect(),
-        crew.consumers.iter().flat_map(|team| team.meters.clone()).collect(),
+        workers.publishers.iter().flat_map(|team| team.meters.clone()).collect(),
+        workers.consumers.iter().flat_map(|team| team.meters.clone()).collect(),
     );
-    let (publishers, consumers) = crew.join();
+    let (publishers, consumers) = workers.join();
     let baseline = watched.baseline;
     let broker = baseline.broker.map(|broker| broker.end()).transpose();
     let total = (Total::of(meters.0.iter().map(|meter| &**meter)), Total::of(meters.1.iter().map(|meter| &**meter)));

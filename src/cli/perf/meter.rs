@@ -2,6 +2,63 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use hdrhistogram::Histogram;
+
+/// Shortest latency told apart from 0: one part in a thousand of 64 µs.
+const LOWEST_NS: u64 = 64;
+/// Longer latencies count as this one: ten minutes.
+const HIGHEST_NS: u64 = 600_000_000_000;
+const SIGNIFICANT_DIGITS: u8 = 3;
+
+/// A histogram of latencies in nanoseconds.
+#[derive(Debug, Clone)]
+pub(super) struct Latencies {
+    /// `None` only if the constant bounds above were refused.
+    histogram: Option<Histogram<u64>>,
+}
+
+impl Latencies {
+    pub(super) fn new() -> Self {
+        Self { histogram: Histogram::new_with_bounds(LOWEST_NS, HIGHEST_NS, SIGNIFICANT_DIGITS).ok() }
+    }
+
+    /// Counts `count` messages that took `latency_ns` each.
+    pub(super) fn record(&mut self, latency_ns: u64, count: u64) {
+        if count > 0
+            && let Some(histogram) = &mut self.histogram
+        {
+            histogram.saturating_record_n(latency_ns, count);
+        }
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        if let (Some(histogram), Some(other)) = (&mut self.histogram, &other.histogram) {
+            // Same bounds everywhere, so nothing can be out of range.
+            let _ = histogram.add(other);
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        if let Some(histogram) = &mut self.histogram
+            && !histogram.is_empty()
+        {
+            histogram.reset();
+        }
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.histogram.as_ref().map_or(0, Histogram::len)
+    }
+
+    pub(super) fn at_quantile_ns(&self, quantile: f64) -> u64 {
+        self.histogram.as_ref().map_or(0, |histogram| histogram.value_at_quantile(quantile))
+    }
+
+    pub(super) fn max_ns(&self) -> u64 {
+        self.histogram.as_ref().map_or(0, Histogram::max)
+    }
+}
+
 /// What one worker did so far; written by the worker once per block, read by the progress line.
 ///
 /// Own cache lines, so that workers do not slow each other down.

@@ -7,7 +7,7 @@
 //!
 //! # Map
 //! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange
-//! and queues, [`crew`] opens the workers' connections and starts their threads (which hundreds share, as a
+//! and queues, [`workers`] opens the workers' connections and starts their threads (which hundreds share, as a
 //! [`crowd`]), [`watch`] looks after them,
 //! [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it sends: [`pace`]) and [`consumer`]
 //! (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on a [`meter`] and records
@@ -23,7 +23,6 @@
 mod confirms;
 mod connection;
 mod consumer;
-mod crew;
 mod crowd;
 mod error;
 mod fields;
@@ -45,6 +44,7 @@ mod topology;
 mod uri;
 mod watch;
 mod wire;
+mod workers;
 
 use std::io::{self, Write};
 

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::crew::Pools;
 use super::meter::Total;
 use super::options::Plan;
 use super::report::{grouped, readable_us};
+use super::workers::Pools;
 
 const INTERVAL: Duration = Duration::from_secs(1);
 

@@ -4,7 +4,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::connection::PROGRESS_LIMIT;
-use super::crew::{Crew, Pools};
 use super::error::PerfError;
 use super::meter::Total;
 use super::options::Plan;
@@ -12,6 +11,7 @@ use super::posix::{self, monotonic_ns};
 use super::process::ProcessWatch;
 use super::progress::ProgressLine;
 use super::report::DrainEnd;
+use super::workers::{Pools, Workers};
 
 const TICK: Duration = Duration::from_millis(20);
 /// With thousands of meters to look at, five times as long.
@@ -56,7 +56,7 @@ pub(super) struct Watched {
 /// The supervisor: looks at the workers' meters many times a second.
 pub(super) struct Watch<'a> {
     plan: &'a Plan,
-    crew: &'a Crew,
+    workers: &'a Workers,
     pools: &'a mut Pools,
     baseline: Baseline,
     /// `None` when it is over, or there is none.
@@ -72,7 +72,7 @@ pub(super) struct Watch<'a> {
 impl<'a> Watch<'a> {
     pub(super) fn new(
         plan: &'a Plan,
-        crew: &'a Crew,
+        workers: &'a Workers,
         pools: &'a mut Pools,
         baseline: Baseline,
         ready_before: u64,
@@ -80,7 +80,7 @@ impl<'a> Watch<'a> {
         let start = Instant::now();
         Self {
             plan,
-            crew,
+            workers,
             pools,
             baseline,
             warmup: (!plan.warmup.is_zero()).then_some(plan.warmup),
@@ -101,22 +101,22 @@ impl<'a> Watch<'a> {
         if self.plan.publisher_count == 0 {
             return (self.while_consuming(), None);
         }
-        while !self.crew.publishing_is_over() {
+        while !self.workers.publishing_is_over() {
             if self.tick() {
                 return (DrainEnd::Aborted, None);
             }
         }
-        let delivered = self.crew.delivered();
+        let delivered = self.workers.delivered();
         (self.drain(), Some(delivered))
     }
 
     /// Waits a moment; says whether the run is to end at once.
     fn tick(&mut self) -> bool {
         thread::sleep(self.tick);
-        if posix::was_interrupted() || self.crew.has_lost_a_worker() {
-            self.crew.control.abort();
+        if posix::was_interrupted() || self.workers.has_lost_a_worker() {
+            self.workers.control.abort();
         }
-        let (published, delivered) = (self.crew.published(), self.crew.delivered());
+        let (published, delivered) = (self.workers.published(), self.workers.delivered());
         if delivered.messages != self.last_change.1 {
             self.last_change = (Instant::now(), delivered.messages);
         }
@@ -127,7 +127,7 @@ impl<'a> Watch<'a> {
             self.end_warmup(published, delivered);
         }
         self.progress.show(&published, &delivered, self.pools);
-        self.crew.control.is_aborted()
+        self.workers.control.is_aborted()
     }
 
     /// From here on, everything is measured anew.
@@ -151,7 +151,7 @@ impl<'a> Watch<'a> {
     fn while_consuming(&mut self) -> DrainEnd {
         let drains = self.plan.is_open_ended && self.ready_before > 0;
         let duration = self.plan.limit_of(0).duration.filter(|_| !drains);
-        while !self.crew.consuming_is_over() {
+        while !self.workers.consuming_is_over() {
             if self.tick() {
                 return DrainEnd::Aborted;
             }
@@ -172,7 +172,7 @@ impl<'a> Watch<'a> {
         let start = Instant::now();
         self.last_change.0 = start;
         loop {
-            let settled = self.crew.publishers_are_settled();
+            let settled = self.workers.publishers_are_settled();
             if self.plan.consumer_count == 0 && settled {
                 return DrainEnd::NotNeeded;
             }
@@ -194,8 +194,8 @@ impl<'a> Watch<'a> {
 
     fn has_everything(&self, quiet: Duration) -> bool {
         let Some(deliveries) = self.plan.deliveries_per_message() else { return quiet >= QUIET_LIMIT };
-        let published = self.crew.published();
+        let published = self.workers.published();
         let taken = published.messages.saturating_sub(published.refused);
-        self.crew.delivered().messages >= taken.saturating_mul(deliveries).saturating_add(self.ready_before)
+        self.workers.delivered().messages >= taken.saturating_mul(deliveries).saturating_add(self.ready_before)
     }
 }

@@ -8,8 +8,7 @@ use serde::Serialize;
 
 use super::consumer::ConsumerOutcome;
 use super::error::PerfError;
-use super::latencies::Latencies;
-use super::meter::Total;
+use super::meter::{Latencies, Total};
 use super::options::Plan;
 use super::process::ProcessUse;
 use super::publisher::PublisherOutcome;

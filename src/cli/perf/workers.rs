@@ -31,7 +31,7 @@ pub(super) struct Team<T> {
 }
 
 /// All worker threads of a run.
-pub(super) struct Crew {
+pub(super) struct Workers {
     pub(super) publishers: Vec<Team<PublisherOutcome>>,
     pub(super) consumers: Vec<Team<ConsumerOutcome>>,
     pub(super) control: Arc<Control>,
@@ -110,17 +110,17 @@ fn open_all<T: Send>(count: usize, open: impl Fn(usize) -> Result<T, PerfError> 
     Ok(opened.into_iter().map(|(_, one)| one).collect())
 }
 
-impl Crew {
+impl Workers {
     /// Starts a thread each. If the system refuses one, those that run are stopped.
     pub(super) fn start(opened: Opened) -> Result<(Self, Pools), PerfError> {
-        let mut crew = Self { publishers: Vec::new(), consumers: Vec::new(), control: opened.control };
-        let started = crew.start_all(opened.publishers, opened.consumers, opened.sharing);
+        let mut workers = Self { publishers: Vec::new(), consumers: Vec::new(), control: opened.control };
+        let started = workers.start_all(opened.publishers, opened.consumers, opened.sharing);
         if let Err(source) = started {
-            crew.control.abort();
-            crew.join();
+            workers.control.abort();
+            workers.join();
             return Err(PerfError::Local { what: "cannot start a thread", source });
         }
-        Ok((crew, opened.latencies))
+        Ok((workers, opened.latencies))
     }
 
     fn start_all(&mut self, publishers: Vec<Publisher>, consumers: Vec<Consumer>, sharing: Sharing) -> io::Result<()> {
