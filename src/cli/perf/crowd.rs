@@ -227,13 +227,13 @@ fn publish(crowd: &mut Crowd<'_, Publisher>, sockets: &mut Sockets) -> Result<()
     Ok(())
 }
 
-/// Waits for the outstanding confirms of all, as long as any keep coming.
+/// Waits for the outstanding confirms and returns of all, as long as any keep coming.
 fn settle(crowd: &mut Crowd<'_, Publisher>, sockets: &mut Sockets) -> Result<(), PerfError> {
     let mut last_progress = Instant::now();
-    let outstanding = |crowd: &Crowd<'_, Publisher>| -> u64 {
-        crowd.members.iter().filter(|member| member.end.is_none()).map(|member| member.worker.outstanding()).sum()
+    let is_settled = |crowd: &Crowd<'_, Publisher>| {
+        crowd.members.iter().all(|member| member.end.is_some() || member.worker.is_settled())
     };
-    while !crowd.control.is_aborted() && last_progress.elapsed() < PROGRESS_LIMIT && outstanding(crowd) > 0 {
+    while !crowd.control.is_aborted() && last_progress.elapsed() < PROGRESS_LIMIT && !is_settled(crowd) {
         for index in sockets.ready(POLL_INTERVAL, "waiting for confirms")? {
             if crowd.serve(index, Publisher::take_in).is_some() {
                 last_progress = Instant::now();

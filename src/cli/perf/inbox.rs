@@ -19,6 +19,8 @@ pub(super) struct Inbox {
     pub(super) returned: u64,
     /// `tx.commit-ok`s.
     pub(super) commits: u64,
+    /// Whether the answer came to what a publisher asked last of all: then it has been told of all returns.
+    pub(super) has_last_answer: bool,
     /// Answers that are due.
     pub(super) replies: Vec<u8>,
 }
@@ -34,6 +36,7 @@ impl Inbox {
             flow_stopped: false,
             returned: 0,
             commits: 0,
+            has_last_answer: false,
             replies: Vec::new(),
         }
     }
@@ -52,6 +55,7 @@ impl Inbox {
         match *id {
             method::BASIC_RETURN => self.returned += 1,
             method::TX_COMMIT_OK => self.commits += 1,
+            method::BASIC_QOS_OK => self.has_last_answer = true,
             id => self.on_notice(notice(id, arguments)?, now_ns),
         }
         Ok(())
@@ -122,6 +126,8 @@ mod tests {
         inbox.on_frame(&frame(method::BASIC_RETURN, &[]), 2).expect("valid");
         inbox.on_frame(&frame(method::BASIC_NACK, &[0, 0, 0, 0, 0, 0, 0, 1, 0]), 2).expect("valid");
         inbox.on_frame(&frame(method::TX_COMMIT_OK, &[]), 2).expect("valid");
-        assert_eq!((inbox.refused(), inbox.returned, inbox.commits), (2, 1, 1));
+        assert_eq!((inbox.refused(), inbox.returned, inbox.commits, inbox.has_last_answer), (2, 1, 1, false));
+        inbox.on_frame(&frame(method::BASIC_QOS_OK, &[]), 2).expect("valid");
+        assert!(inbox.has_last_answer);
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Publisher {
     pace: Option<Pace>,
     deadline_ns: u64,
     transactions: Option<Transactions>,
+    /// Messages may be returned, and no confirm or commit tells when all are.
+    awaits_returns: bool,
     sent: u64,
     last_write_ns: u64,
     /// The last time that anything went out or came in, or nothing had to.
@@ -113,12 +115,13 @@ impl Publisher {
         Ok(Self {
             block: block(plan, index, limit, connection.frame_max),
             connection,
-            inbox: Inbox::new(ledger),
             limit,
             rate_per_second: plan.rate_per_second,
             phase: index as f64 / plan.publisher_count as f64,
             pace: None,
             deadline_ns: u64::MAX,
+            awaits_returns: plan.messages.mandatory && ledger.is_none() && transactions.is_none(),
+            inbox: Inbox::new(ledger),
             transactions,
             sent: 0,
             last_write_ns: 0,
@@ -138,7 +141,7 @@ impl Publisher {
 
     /// Publishes until its limit, waits for the confirms, and takes leave.
     pub(super) fn run(mut self) -> PublisherOutcome {
-        let published = self.publish().and_then(|()| self.commit_rest());
+        let published = self.publish().and_then(|()| self.round_off());
         self.meter.finish();
         let settled = published.and_then(|()| self.settle());
         self.end(settled)
@@ -214,7 +217,7 @@ impl Publisher {
                     return Ok(Wait::Until(now.saturating_add(nanos(duration))));
                 }
                 Turn::Finished => {
-                    self.commit_rest()?;
+                    self.round_off()?;
                     self.meter.finish();
                     return Ok(Wait::End);
                 }
@@ -227,9 +230,10 @@ impl Publisher {
         self.listen(Duration::ZERO)
     }
 
-    /// Messages whose confirms are still to come.
-    pub(super) fn outstanding(&self) -> u64 {
-        self.inbox.ledger.as_ref().map_or(0, ConfirmLedger::outstanding)
+    /// Whether nothing is to be waited for after publishing.
+    pub(super) fn is_settled(&self) -> bool {
+        let outstanding = self.inbox.ledger.as_ref().map_or(0, ConfirmLedger::outstanding);
+        outstanding == 0 && (!self.awaits_returns || self.inbox.has_last_answer)
     }
 
     fn turn(&self, now_ns: u64) -> Turn {
@@ -315,12 +319,20 @@ impl Publisher {
         Ok(())
     }
 
-    /// Commits the last transaction, though it is not full.
-    fn commit_rest(&mut self) -> Result<(), PerfError> {
-        match &self.transactions {
-            Some(transactions) if transactions.open > 0 && !self.control.is_aborted() => self.commit(),
-            _ => Ok(()),
+    /// After the last message: commits the last transaction, though it is not full, or asks something whose answer
+    /// comes behind the last return.
+    fn round_off(&mut self) -> Result<(), PerfError> {
+        let has_open = self.transactions.as_ref().is_some_and(|transactions| transactions.open > 0);
+        if has_open && !self.control.is_aborted() {
+            self.commit()?;
         }
+        if self.awaits_returns {
+            let mut frame = Vec::new();
+            let unlimited = Arguments::new().long(0).short(0).octet(0);
+            wire::append_method(&mut frame, CHANNEL, method::BASIC_QOS, &unlimited);
+            self.connection.send_all(&frame, "asking for returns")?;
+        }
+        Ok(())
     }
 
     /// One write of what is left of a block. A full socket is no reason not to listen.
@@ -336,10 +348,10 @@ impl Publisher {
         Ok(more)
     }
 
-    /// Waits for the outstanding confirms, as long as they keep coming. What is still out is in the ledger.
+    /// Waits for the outstanding confirms and returns, as long as they keep coming. What is still out is in the ledger.
     fn settle(&mut self) -> Result<(), PerfError> {
         self.last_progress_ns = monotonic_ns();
-        while self.inbox.ledger.as_ref().is_some_and(|ledger| ledger.outstanding() > 0)
+        while !self.is_settled()
             && !self.control.is_aborted()
             && monotonic_ns().saturating_sub(self.last_progress_ns) < nanos(PROGRESS_LIMIT)
         {
