@@ -150,7 +150,7 @@ impl<'a> Watch<'a> {
     /// Without publishers: until the time is over, or every consumer has its fill, or there is nothing more.
     fn while_consuming(&mut self) -> DrainEnd {
         let drains = self.plan.is_open_ended && self.ready_before > 0;
-        let duration = self.plan.limit_of(0).duration.filter(|_| !drains);
+        let duration = self.plan.limit.duration.filter(|_| !drains);
         while !self.workers.consuming_is_over() {
             if self.tick() {
                 return DrainEnd::Aborted;

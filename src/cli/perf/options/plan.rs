@@ -15,7 +15,7 @@ const DEFAULT_PREFETCH: u32 = 1_000;
 const DEFAULT_SECONDS: f64 = 10.0;
 const MAX_SECONDS: f64 = 1e7;
 
-/// How long publishers publish; whichever comes first.
+/// How long one publisher publishes; whichever comes first.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(in super::super) struct Limit {
     /// The warm-up included.
@@ -67,8 +67,7 @@ pub(in super::super) struct Plan {
     pub(in super::super) consuming: ConsumingPlan,
     /// Of each publisher.
     pub(in super::super) rate_per_second: Option<f64>,
-    duration: Option<Duration>,
-    count: Option<Count>,
+    pub(in super::super) limit: RunLimit,
     /// Whether the default time is taken, so that consumers alone may stop when the queues are empty.
     pub(in super::super) is_open_ended: bool,
     pub(in super::super) warmup: Duration,
@@ -77,6 +76,14 @@ pub(in super::super) struct Plan {
     pub(in super::super) exchange: ExchangePlan,
     pub(in super::super) broker_pid: Option<u32>,
     pub(in super::super) json: bool,
+}
+
+/// How long a run publishes; whichever comes first.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(in super::super) struct RunLimit {
+    /// The warm-up included.
+    pub(in super::super) duration: Option<Duration>,
+    count: Option<Count>,
 }
 
 /// How many messages a run has.
@@ -124,14 +131,14 @@ impl Plan {
     /// When publisher (without publishers: consumer) `index` stops by itself.
     pub(in super::super) fn limit_of(&self, index: usize) -> Limit {
         let workers = if self.publisher_count > 0 { self.publisher_count } else { self.consumer_count };
-        let message_count = self.count.map(|count| match count {
+        let message_count = self.limit.count.map(|count| match count {
             Count::Each(count) => count,
             Count::Total(total) => {
                 let (workers, index) = (workers.max(1) as u64, index as u64);
                 total / workers + u64::from(index < total % workers)
             }
         });
-        Limit { duration: self.duration.map(|duration| duration + self.warmup), message_count }
+        Limit { duration: self.limit.duration, message_count }
     }
 
     /// Publishers and consumers.
@@ -152,6 +159,8 @@ impl PerfArgs {
         let count = self.count.map(Count::Each).or(self.total_count.map(Count::Total));
         let is_open_ended = self.time.is_none() && count.is_none();
         let time = self.time.or(is_open_ended.then_some(DEFAULT_SECONDS));
+        let duration = time.map(|time| seconds("--time", time)).transpose()?;
+        let warmup = self.warmup.map_or(Ok(Duration::ZERO), |warmup| seconds("--warmup", warmup))?;
         let shared_rate = self.total_rate.map(|rate| rate / self.publishers.max(1) as f64);
         Ok(Plan {
             uri: Uri::parse(&self.uri)?,
@@ -161,10 +170,9 @@ impl PerfArgs {
             tx: self.tx,
             batch: self.batch,
             rate_per_second: self.rate.or(shared_rate),
-            duration: time.map(|time| seconds("--time", time)).transpose()?,
-            count,
+            limit: RunLimit { duration: duration.map(|duration| duration + warmup), count },
             is_open_ended,
-            warmup: self.warmup.map_or(Ok(Duration::ZERO), |warmup| seconds("--warmup", warmup))?,
+            warmup,
             drain_limit: seconds("--drain", self.drain)?,
             exchange: ExchangePlan::of(&self)?,
             consuming: ConsumingPlan {
