@@ -62,7 +62,7 @@ impl Intake {
     }
 
     /// Hot path: three calls per message. No clock, no allocation except for acks.
-    #[inline]
+    #[inline(always)] // for the same reason as `FrameReader::next_frame`
     pub(super) fn on_frame(&mut self, frame: &Frame<'_>, now_ns: u64) -> Result<(), PerfError> {
         match frame {
             Frame::Method { id: method::BASIC_DELIVER, arguments, .. } => {
@@ -202,6 +202,7 @@ impl Acks {
     }
 
     /// Acknowledges those before it first, for an ack of many would cover it too.
+    #[cold]
     fn reject(&mut self, tag: u64) -> bool {
         self.flush();
         wire::append_nack(&mut self.frames, CHANNEL, tag, self.requeue);
@@ -210,6 +211,7 @@ impl Acks {
     }
 
     /// Acknowledges what is not yet, full batch or not.
+    #[inline]
     pub(super) fn flush(&mut self) {
         if self.unacked > 0 {
             wire::append_ack(&mut self.frames, CHANNEL, self.last_tag, self.unacked > 1);
