@@ -217,10 +217,23 @@ impl Report {
                 };
                 BrokerCost::of(pid, &used, cost(used.cpu), accepted as f64 * plan.messages.sizes.mean_bytes())
             }),
-            errors: sum.errors.iter().map(PerfError::to_string).collect(),
+            errors: told_once(sum.errors.iter().map(PerfError::to_string)),
         };
         (report, sum.errors.into_iter().next())
     }
+}
+
+/// Each error once, in the order of appearance, with how many workers had it: a broker that goes away fails them all.
+fn told_once(errors: impl Iterator<Item = String>) -> Vec<String> {
+    let mut counted: Vec<(String, u64)> = Vec::new();
+    for error in errors {
+        match counted.iter_mut().find(|(known, _)| *known == error) {
+            Some((_, count)) => *count += 1,
+            None => counted.push((error, 1)),
+        }
+    }
+    let told = |(error, count)| if count > 1 { format!("{error} ({count} workers)") } else { error };
+    counted.into_iter().map(told).collect()
 }
 
 /// Deliveries that were due and did not come; `None` where it cannot be known how many were due.
@@ -437,6 +450,12 @@ mod tests {
         );
         assert_eq!(report.shape.copies_per_message, Some(4));
         assert!(report.to_string().contains("2.500 µs per copy delivered, 10.000 µs per message published"));
+    }
+
+    #[test]
+    fn what_many_workers_complain_of_is_told_once() {
+        let errors = ["a", "b", "a", "a"].map(str::to_owned);
+        assert_eq!(told_once(errors.into_iter()), ["a (3 workers)", "b"]);
     }
 
     #[test]
