@@ -120,17 +120,12 @@ pub(super) fn run_consumers(consumers: Vec<Consumer>, control: &Control) -> Vec<
 fn consume(crowd: &mut Crowd<'_, Consumer>, mut sockets: Sockets) -> Result<(), PerfError> {
     // What came along with the answer to basic.consume is read already.
     for index in 0..crowd.members.len() {
-        crowd.serve(index, Consumer::take_block);
+        attend(crowd, &sockets, index, Consumer::take_block);
     }
     let mut last_flush = Instant::now();
     while crowd.active > 0 && !crowd.control.consumers_stopped() {
         for index in sockets.ready(POLL_INTERVAL, "consuming")? {
-            crowd.serve(index, Consumer::take_in);
-            let consumer = &crowd.members[index].worker;
-            if consumer.has_its_fill() || crowd.members[index].end.is_some() {
-                sockets.ignore(consumer.connection());
-                crowd.retire(index, Ok(()));
-            }
+            attend(crowd, &sockets, index, Consumer::take_in);
         }
         if last_flush.elapsed() >= FLUSH_INTERVAL {
             flush(crowd);
@@ -139,6 +134,26 @@ fn consume(crowd: &mut Crowd<'_, Consumer>, mut sockets: Sockets) -> Result<(), 
     }
     flush(crowd);
     Ok(())
+}
+
+/// Lets a consumer take in what is there, and no more if that was its fill.
+fn attend(
+    crowd: &mut Crowd<'_, Consumer>,
+    sockets: &Sockets,
+    index: usize,
+    take: impl FnOnce(&mut Consumer) -> Result<(), PerfError>,
+) {
+    let has_its_fill = crowd.serve(index, |consumer| {
+        take(consumer)?;
+        match consumer.has_its_fill() {
+            true => consumer.send_last_acks().map(|()| true),
+            false => Ok(false),
+        }
+    });
+    if has_its_fill != Some(false) {
+        sockets.ignore(crowd.members[index].worker.connection());
+        crowd.retire(index, Ok(()));
+    }
 }
 
 fn flush(crowd: &mut Crowd<'_, Consumer>) {

@@ -8,12 +8,11 @@
 //! # Map
 //! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange
 //! and queues, [`workers`] opens the workers' connections and starts their threads (which hundreds share, as a
-//! [`crowd`]), [`watch`] looks after them,
-//! [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it sends: [`pace`]) and [`consumer`]
-//! (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on a [`meter`] and records
-//! [`latencies`]. Below: [`wire`] (frames), [`fields`] and [`properties`] (what goes into them),
-//! [`message_block`] (many messages to a write), [`confirms`] (what is unconfirmed), [`process`] (the broker's
-//! accounts), [`posix`] (system calls).
+//! [`crowd`]), [`watch`] looks after them, [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it
+//! sends: [`pace`]) and [`consumer`] (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on
+//! a [`meter`] and records [`latencies`]. Below: [`wire`] (frames), [`fields`] and [`properties`] (what goes into
+//! them), [`message_block`] (many messages to a write), [`confirms`] (what is unconfirmed), [`process`] (the
+//! broker's accounts), [`posix`] (system calls).
 //!
 //! # Measuring
 //! Bodies of 8 bytes or more begin with the sender's `CLOCK_MONOTONIC` in nanoseconds, so latency is
