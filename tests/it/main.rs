@@ -24,6 +24,7 @@ mod exchange_types;
 mod frames;
 mod leaks;
 mod limits;
+mod load_generator;
 mod paging;
 mod perf_commands;
 mod perf_smoke;

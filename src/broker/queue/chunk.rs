@@ -285,7 +285,9 @@ impl Chunk {
         let count = (until - from) as u32;
         let is_uniform = self.transient == 0 || self.transient == self.live;
         if self.has_absent || !self.shared.is_empty() || !is_uniform || count > self.live {
-            return (from..until).fold(false, |any, seq| self.forget(seq) || any);
+            let mut was_there = false;
+            (from..until).for_each(|seq| was_there |= self.forget(seq));
+            return was_there;
         }
         self.live -= count;
         self.transient = self.transient.saturating_sub(count);

@@ -2,14 +2,17 @@
 //!
 //! It publishes and consumes as fast as the broker lets it (or at a fixed rate), and reports rates, end-to-end
 //! and confirm latencies, losses, and what the run cost the broker's process. It must never be the bottleneck:
-//! plain blocking threads, one per connection; a message's frames encoded once and written many at a time;
-//! deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
+//! plain blocking threads, one per connection up to hundreds; a message's frames encoded once and written many
+//! at a time; deliveries walked in the read buffer. It has its own tiny wire module, for it measures the broker's.
 //!
 //! # Map
-//! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares the
-//! queues, each [`publisher`] and [`consumer`] runs on a [`connection`] of its own and counts on a [`meter`],
-//! [`report`] adds up. Below: [`wire`] (frames), [`message_block`] (many copies of a message),
-//! [`confirms`] (what is unconfirmed), [`process`] (the broker's accounts), [`posix`] (system calls).
+//! [`options`] makes a checked plan of the command line, [`load`] carries it out: [`topology`] declares exchange
+//! and queues, [`workers`] opens the workers' connections and starts their threads (which hundreds share, as a
+//! [`crowd`]), [`watch`] looks after them, [`report`] adds up. Each [`publisher`] (what it hears: [`inbox`]; when it
+//! sends: [`pace`]) and [`consumer`] (what it takes in: [`intake`]) runs on a [`connection`] of its own, counts on
+//! a [`meter`] and records [`latencies`]. Below: [`wire`] (frames), [`fields`] and [`properties`] (what goes into
+//! them), [`message_block`] (many messages to a write), [`confirms`] (what is unconfirmed), [`process`] (the
+//! broker's accounts), [`posix`] (system calls).
 //!
 //! Beside it stand the subcommands: [`compare`] runs loads against several brokers, of which one may be the [`floor`],
 //! a program that only rewrites frames; [`churn`] makes and deletes things, [`idle`] holds connections that do nothing.
@@ -27,22 +30,31 @@ mod confirms;
 mod connection;
 mod consumer;
 mod crew;
+mod crowd;
 mod error;
+mod fields;
 mod figures;
 mod floor;
 mod idle;
+mod inbox;
+mod intake;
+mod latencies;
 mod load;
 mod message_block;
 mod meter;
 mod options;
+mod pace;
 mod posix;
 mod process;
 mod progress;
+mod properties;
 mod publisher;
 mod report;
 mod topology;
 mod uri;
+mod watch;
 mod wire;
+mod workers;
 
 use std::io::{self, Write};
 

@@ -595,7 +595,8 @@ impl WatermarkListener for Outbox {
         inner.listening = false;
         self.settle_confirms(inner, watermark);
         self.listen(inner);
-        let wake = !inner.out.is_empty() && !inner.wake_pending && !(few && self.write_at_once(inner));
+        let waits = !inner.out.is_empty() && !inner.wake_pending;
+        let wake = waits && !(few && self.write_at_once(inner));
         inner.wake_pending |= wake;
         drop(guard);
         if wake {
