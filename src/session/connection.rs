@@ -21,7 +21,7 @@ use super::{
 use crate::{
     auth::{Authenticator, User, sasl::Mechanism},
     broker::{
-        Broker, BrokerError, ConnectionId, Effects, Origin, Queue, Round, Settlement, Vhost, arguments::QueueType,
+        Broker, BrokerError, ConnectionId, Effects, Origin, Port, Queue, Round, Settlement, Vhost, arguments::QueueType,
     },
     model::Name,
     wire::{self, Scan, frame, hot},
@@ -292,6 +292,11 @@ impl Session {
     pub fn take_published(&mut self) -> bool {
         self.needs_disk &= self.broker.is_store_failing();
         std::mem::take(&mut self.published)
+    }
+
+    /// The connection of a consumer that was given more since the last call than its writer keeps up with.
+    pub fn take_behind(&mut self) -> Option<Arc<dyn Port>> {
+        self.effects.behind.take()
     }
 
     /// Whether enough was published to queues whose consumers do not keep up that the publisher should pause.

@@ -38,12 +38,12 @@ use crate::{
     },
 };
 
-/// Messages of one run: how long a queue's lock may be held.
-const RUN_MESSAGES: usize = 1024;
+/// Messages of one run: enough that what a run costs is little for each, and few enough that they stand on the stack.
+const RUN_MESSAGES: usize = 128;
 /// RabbitMQ's bound on `expiration`, in milliseconds.
 const MAX_EXPIRATION_MS: u64 = 315_360_000_000;
 
-type Run<'a> = SmallVec<[Message<'a>; 8]>;
+type Run<'a> = SmallVec<[Message<'a>; RUN_MESSAGES]>;
 
 fn fault(code: u16, text: impl AsRef<str>) -> Fault {
     Fault::new(code, text).at(60, 40)

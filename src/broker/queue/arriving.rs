@@ -311,12 +311,16 @@ impl QueueState {
                 break;
             }
             let run = if alone { messages.len() } else { taken + 1 };
-            let (to, mut last) = (consumer.address, Offer::Taken);
+            let (to, mut last, mut is_behind) = (consumer.address, Offer::Taken, false);
             let wake = consumer.port.with_writer(&mut |writer| {
                 let (more, offer) = writer.deliver_all(to, &messages[taken..run]);
                 taken += more;
                 last = offer;
+                is_behind = writer.is_behind();
             });
+            if is_behind && effects.behind.is_none() {
+                effects.behind = Some(consumer.port.clone());
+            }
             if wake {
                 effects.wakes.push(consumer.port.clone());
             }

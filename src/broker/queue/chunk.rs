@@ -13,6 +13,8 @@ pub const CHUNK_BYTES: usize = 128 << 10;
 const CHUNK_RECORDS: usize = 16 << 10;
 /// Bytes of buffer an empty queue may keep.
 const IDLE_BYTES: usize = 2 << 10;
+/// A buffer that is larger is as large as a chunk gets.
+const SMALL_BYTES: usize = 16 << 10;
 /// Buffers a thread keeps for the next chunk.
 const POOLED_BUFFERS: usize = 4;
 
@@ -58,7 +60,8 @@ impl Chunk {
         let mut buffers = Buffers::default();
         if expected_bytes > 4 << 10 {
             buffers = POOL.with(|pool| pool.borrow_mut().pop()).unwrap_or_default();
-            buffers.data.reserve(expected_bytes.min(CHUNK_BYTES));
+            let wanted = if expected_bytes > SMALL_BYTES { CHUNK_BYTES + SMALL_BYTES } else { expected_bytes };
+            buffers.data.reserve_exact(wanted);
         }
         let mut chunk = Chunk {
             first,
@@ -76,6 +79,17 @@ impl Chunk {
         };
         chunk.account();
         chunk
+    }
+
+    /// Makes a buffer that would have to grow for `bytes` more as large as it may get, once it is not small: every growth copies
+    /// what is there.
+    #[inline]
+    fn make_room(&mut self, bytes: usize) {
+        let data = &mut self.buffers.data;
+        let needed = data.len() + bytes;
+        if needed > data.capacity() && needed > SMALL_BYTES {
+            data.reserve_exact((CHUNK_BYTES + SMALL_BYTES).max(needed) - data.len());
+        }
     }
 
     /// Tells the budget what the chunk's buffers have grown to. Shared bodies are accounted for one by one.
@@ -149,6 +163,7 @@ impl Chunk {
         if !message.extension.is_empty() {
             self.note_expiry(message.extension);
         }
+        self.make_room(record::encoded_len(message));
         record::encode(&mut self.buffers.data, message, now_unix_ms);
         self.buffers.offsets.push(at);
         self.live += 1;

@@ -1,6 +1,6 @@
 //! Writing deliveries: the inside of a locked outbox, as queues see it.
 
-use super::{HIGH_WATER_BYTES, Inner, REPLY_LIMIT_BYTES};
+use super::{BEHIND_BYTES, HIGH_WATER_BYTES, Inner, REPLY_LIMIT_BYTES};
 use crate::{
     broker::{Address, Body, Delivery, DeliveryWriter, Message, Offer, OwnedMessage, TracedDelivery, is_traced},
     session::{unacked::Unacked, write_buffer::WriteBuffer},
@@ -202,6 +202,10 @@ impl DeliveryWriter for Inner {
             taken += self.repeat(to, &message, &messages[taken..]);
         }
         (taken, Offer::Taken)
+    }
+
+    fn is_behind(&self) -> bool {
+        self.out.len() >= BEHIND_BYTES
     }
 
     fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer {

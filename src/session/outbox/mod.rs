@@ -7,9 +7,12 @@
 mod channel;
 mod deliver;
 
-use std::sync::{
-    Arc, OnceLock, Weak,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use amq_protocol::protocol::{AMQPClass, basic};
@@ -34,10 +37,14 @@ use crate::{
 
 /// Bytes after which consumers of the connection are blocked until the writer has caught up.
 pub const HIGH_WATER_BYTES: usize = 512 << 10;
+/// Bytes after which publishers let the writer catch up, so that what they publish next finds room.
+const BEHIND_BYTES: usize = HIGH_WATER_BYTES / 2;
+/// Memory that a busy connection's buffers keep: the mark, and what one read can add to it.
+const BUSY_BUFFER_BYTES: usize = HIGH_WATER_BYTES + (512 << 10);
 /// Bytes after which direct replies to the connection are dropped.
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
 /// What is written at once while the writer rests: more is worth a second core.
-const AT_ONCE_BYTES: usize = 16 << 10;
+const AT_ONCE_BYTES: usize = 32 << 10;
 /// Memory an idle connection's buffers may keep.
 const IDLE_BUFFER_BYTES: usize = 4 << 10;
 
@@ -68,6 +75,8 @@ struct Inner {
 pub struct Outbox {
     inner: Mutex<Inner>,
     writable: Notify,
+    /// The writer has taken much.
+    caught_up: Notify,
     closed: AtomicBool,
     finished: AtomicBool,
     /// Channels on which a consumer did not settle in time.
@@ -101,6 +110,7 @@ impl Outbox {
                 traces: Vec::new(),
             }),
             writable: Notify::new(),
+            caught_up: Notify::new(),
             closed: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             timed_out: Mutex::default(),
@@ -205,12 +215,16 @@ impl Outbox {
             return false;
         }
         std::mem::swap(&mut inner.out, batch);
+        drop(inner);
+        if batch.len() >= BEHIND_BYTES {
+            self.caught_up.notify_waiters();
+        }
         true
     }
 
     /// Keeps a written buffer for the next batch.
     pub fn recycle(&self, batch: &mut WriteBuffer) {
-        batch.clear(HIGH_WATER_BYTES);
+        batch.clear(BUSY_BUFFER_BYTES);
         let mut inner = self.inner.lock();
         if inner.out.is_empty() && inner.out.bytes.capacity() == 0 {
             std::mem::swap(&mut inner.out, batch);
@@ -528,6 +542,16 @@ impl Port for Outbox {
             self.broker.events().hand_over_traces(this);
         }
         self.send();
+    }
+
+    fn caught_up(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            let taken = self.caught_up.notified();
+            // What is taken from now on is noticed; what was taken before is not waited for.
+            if self.waiting_bytes() >= BEHIND_BYTES {
+                taken.await;
+            }
+        })
     }
 
     fn publish_traces(&self, effects: &mut Effects) -> bool {
