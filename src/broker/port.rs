@@ -55,6 +55,18 @@ pub trait DeliveryWriter {
         (messages.len(), Offer::Taken)
     }
 
+    /// [`DeliveryWriter::deliver`] of messages that stand side by side in their queue, `first` being the position of the first,
+    /// and were never handed out; up to the first one that is not taken. Answers as [`DeliveryWriter::deliver_all`].
+    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
+            let offer = self.deliver(&Delivery { to, seq, redelivered: false, message });
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
     /// Whether so much waits for the connection's writer that whoever adds to it should let it catch up.
     fn is_behind(&self) -> bool {
         false

@@ -287,6 +287,16 @@ impl Chunk {
         Some((bytes, shared))
     }
 
+    /// The messages from `from` on, up to the first position without one. For chunks whose bodies are all inside.
+    #[inline]
+    pub fn messages(&self, from: u64) -> impl Iterator<Item = Message<'_>> {
+        let Buffers { data, offsets } = &self.buffers;
+        let first = from.saturating_sub(self.first) as usize;
+        let starts = if self.shared.is_empty() { offsets.get(first..).unwrap_or_default() } else { &[] };
+        let ends = starts.iter().skip(1).map(|&end| end as usize).chain([data.len()]);
+        starts.iter().zip(ends).map_while(|(&start, end)| record::decode(data.get(start as usize..end)?, None))
+    }
+
     /// The message at `seq`.
     #[inline]
     pub fn message(&self, seq: u64) -> Option<Message<'_>> {

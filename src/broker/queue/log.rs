@@ -178,6 +178,21 @@ impl QueueLog {
         }
     }
 
+    /// The messages at the cursor that are in memory side by side and were never handed out, as far as that is plain to see.
+    #[inline]
+    pub fn fresh_run(&self) -> impl Iterator<Item = Message<'_>> {
+        let is_plain = self.returned.is_empty() && !self.consumed_ahead;
+        let index = if is_plain { self.chunk_index(self.next) } else { None };
+        index.into_iter().flat_map(|index| self.chunks[index].messages(self.next))
+    }
+
+    /// Moves the cursor past `count` messages that [`QueueLog::fresh_run`] has just answered.
+    #[inline]
+    pub fn take_run(&mut self, count: usize) {
+        self.next += count as u64;
+        debug_assert!(self.next <= self.tail);
+    }
+
     /// The returned message at `seq`, whatever is ready before it; `Empty` if it is not among the returned ones.
     pub fn peek_returned(&mut self, seq: u64) -> Peek<'_> {
         if !self.returned.contains(seq) {

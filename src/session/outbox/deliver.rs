@@ -204,6 +204,21 @@ impl DeliveryWriter for Inner {
         (taken, Offer::Taken)
     }
 
+    #[inline]
+    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
+            let delivery = Delivery { to, seq, redelivered: false, message };
+            let offer = self.offer(&delivery, None);
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+            if self.tracing {
+                self.note_trace(&delivery);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
     fn is_behind(&self) -> bool {
         self.out.len() >= BEHIND_BYTES
     }
