@@ -18,7 +18,7 @@ SOAK_SECONDS ?= 3600
 FUZZ_SECONDS ?= 600
 DAMAGE_ROUNDS ?= 1000
 ARGS ?=
-PEERS ?=
+RECORD ?=
 
 RUST_NEEDED := 1.91
 CARGO_FLAGS := --release --locked
@@ -127,9 +127,13 @@ fuzz: deps ## Feed random frames, tables and properties to the parsers (FUZZ_SEC
 	FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test $(CARGO_FLAGS) --test fuzz -- --nocapture
 
 .PHONY: bench
-bench: build ## Measure the hot functions, then the broker beside others (PEERS="name=uri,pid ...")
+bench: build ## Measure the hot functions, then Leveret beside RabbitMQ and the floor; writes the figures into the docs
 	cargo bench --locked
-	LEVERET_BIN='$(BIN)' tests/with_broker.sh bash -c 'benches/side_by_side.sh $(ARGS) "leveret=$$AMQP_URL,$$LEVERET_PID" $(PEERS)'
+	LEVERET_BIN='$(BIN)' python3 benches/matrix.py $(ARGS)
+
+.PHONY: instructions
+instructions: deps valgrind-deps ## Count the instructions of the hot functions; 3 % more than recorded fail (RECORD=1 records)
+	@benches/instructions.sh $(if $(RECORD),--record) $(ARGS)
 
 .PHONY: lint
 lint: deps ## Clippy, every warning an error
@@ -176,4 +180,10 @@ deps:
 python-deps:
 	@if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
 	$(call install,python3 python3-venv)
+	fi
+
+.PHONY: valgrind-deps
+valgrind-deps:
+	@if ! command -v valgrind >/dev/null || ! command -v python3 >/dev/null; then
+	$(call install,valgrind python3)
 	fi

@@ -1,41 +1,16 @@
 //! What finding the queues of one message costs, without the channel's cache of routes.
 
+#[path = "cases/topology.rs"]
+mod topology;
+
 use std::hint::black_box;
-use std::sync::Arc;
 
 use amq_protocol::types::{AMQPValue, FieldTable};
 use criterion::{Criterion, criterion_group, criterion_main};
-use leveret::broker::binding::{Binding, Destination};
 use leveret::broker::exchange::{Attributes, Exchange, ExchangeKind, ExchangeOptions};
 use leveret::broker::router::{RouteResult, Topology};
 
-type Queues = Topology<Arc<usize>>;
-
-/// A vhost with `count` queues, each bound to `exchange` with the key and arguments that `rule` gives it.
-fn bound(exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTable)) -> Queues {
-    let mut topology = Topology::with_predeclared("/".into());
-    bind_all(&mut topology, exchange, count, rule);
-    topology
-}
-
-fn bind_all(topology: &mut Queues, exchange: &str, count: usize, rule: impl Fn(usize) -> (String, FieldTable)) {
-    for number in 0..count {
-        let name = format!("q{number}");
-        topology.add_queue(name.as_str().into(), Arc::new(number));
-        let (key, arguments) = rule(number);
-        let binding = Binding {
-            source: exchange.into(),
-            destination: Destination::Queue(name.as_str().into()),
-            key: key.into(),
-            arguments,
-        };
-        assert_eq!(topology.bind(binding), Ok(true));
-    }
-}
-
-fn by_key(exchange: &str, count: usize, key: impl Fn(usize) -> String) -> Queues {
-    bound(exchange, count, |number| (key(number), FieldTable::default()))
-}
+use topology::{Queues, bind_all, bound, by_key, mixed_pattern, sensor};
 
 /// Measures one route; `expected` queues must come out.
 fn measure(
@@ -70,7 +45,7 @@ fn by_name(c: &mut Criterion) {
     }
 }
 
-fn topic(c: &mut Criterion) {
+fn topic_bindings(c: &mut Criterion) {
     let exchange = "amq.topic";
     let literal = by_key(exchange, 10_000, |n| format!("eu.site{}.sensor.{n}", n % 100));
     measure(c, "topic, 10k literal", (&literal, exchange), (&["eu.site77.sensor.7777"], None), 1);
@@ -79,21 +54,9 @@ fn topic(c: &mut Criterion) {
     measure(c, "topic, 10k with *", (&star, exchange), (&["eu.site9.sensor77.7777"], None), 1);
     let hash = by_key(exchange, 10_000, |n| format!("eu.site{}.{n}.#", n % 100));
     measure(c, "topic, 10k with # at the end", (&hash, exchange), (&["eu.site77.7777.a.b"], None), 1);
-    let mixed = by_key(exchange, 10_000, |n| match n % 4 {
-        0 => format!("eu.site{}.sensor.{n}", n % 100),
-        1 => format!("eu.*.sensor.{n}"),
-        2 => format!("eu.site{}.#.{n}", n % 100),
-        _ => format!("#.{n}"),
-    });
+    let mixed = by_key(exchange, 10_000, mixed_pattern);
     measure(c, "topic, 10k mixed", (&mixed, exchange), (&["eu.site77.sensor.7777"], None), 1);
     measure(c, "topic, 10k mixed, none", (&mixed, exchange), (&["eu.site77.sensor.x"], None), 0);
-}
-
-fn sensor(number: usize) -> FieldTable {
-    let mut table = FieldTable::default();
-    table.insert("kind".into(), AMQPValue::LongString("sensor".into()));
-    table.insert("number".into(), AMQPValue::LongLongInt(i64::try_from(number).expect("small")));
-    table
 }
 
 fn headers(c: &mut Criterion) {
@@ -134,5 +97,5 @@ fn jms(c: &mut Criterion) {
     measure(c, "JMS, 100 selectors", (&topology, "jms"), (&[""], Some(&sensor(77))), 1);
 }
 
-criterion_group!(benches, by_name, topic, headers, consistent_hash, jms);
+criterion_group!(benches, by_name, topic_bindings, headers, consistent_hash, jms);
 criterion_main!(benches);

@@ -50,7 +50,7 @@ impl<'a> Wire<'a> {
             assert!(waiting <= MAX_WAITING_BYTES, "{waiting} bytes wait for a client that does not read");
             match step {
                 Step::More => return true,
-                Step::Await(round) => futures_lite::future::block_on(self.session.wait(round)),
+                Step::Await => futures_lite::future::block_on(self.session.wait()),
                 Step::Drain => self.read(),
                 Step::Flush => {
                     self.read();

@@ -41,7 +41,7 @@ fn converse(session: &mut Session, bytes: &[u8]) -> Vec<u64> {
         }
         match step {
             Step::More => break,
-            Step::Await(round) => futures_lite::future::block_on(session.wait(round)),
+            Step::Await => futures_lite::future::block_on(session.wait()),
             Step::Drain => {}
             Step::Flush | Step::Drop { .. } => panic!("a well-behaved client is thrown out"),
         }

@@ -12,6 +12,7 @@ use crate::model::properties::{Properties, raw_elements, raw_entry};
 /// The bytes of a body: next to the rest of the message, or a large one that is shared instead of copied.
 #[derive(Clone, Copy, Debug)]
 pub enum Body<'a> {
+    /// In a buffer that the message does not outlive. Queues copy a large one before they keep it.
     Inline(&'a [u8]),
     Shared(&'a Bytes),
 }
@@ -61,6 +62,15 @@ impl<'a> Message<'a> {
         (exchange, short(rest).unwrap_or_default().0)
     }
 
+    /// The body, if it is large enough to be shared and is not.
+    #[inline]
+    pub fn large_inline_body(&self) -> Option<&'a [u8]> {
+        match self.body {
+            Body::Inline(body) if body.len() >= SHARED_BODY_BYTES => Some(body),
+            _ => None,
+        }
+    }
+
     /// Every key the message is routed by: its routing key, those of its `CC` header, and the hidden ones from `BCC`. Behind
     /// a dead-letter routing key there are no others.
     pub fn routing_keys(&self) -> SmallVec<[&'a [u8]; 4]> {
@@ -87,6 +97,22 @@ impl<'a> Message<'a> {
         let expires_unix_ms = ttl_ms.map(|ttl| now_unix_ms.saturating_add(ttl));
         Extension { expires_unix_ms, ..Extension::parse(self.extension) }.encode()
     }
+}
+
+/// The large bodies of messages that stand in a buffer which is not kept, each copied so that whoever keeps it can share it.
+#[inline]
+pub fn copy_large_bodies(messages: &[Message<'_>]) -> Vec<Bytes> {
+    messages.iter().filter_map(Message::large_inline_body).map(Bytes::copy_from_slice).collect()
+}
+
+/// The messages with the bodies that [`copy_large_bodies`] has made of theirs.
+pub fn with_bodies<'a>(messages: &[Message<'a>], bodies: &'a [Bytes]) -> Vec<Message<'a>> {
+    let mut bodies = bodies.iter();
+    let mut with_body = |message: &Message<'a>| match message.large_inline_body().and_then(|_| bodies.next()) {
+        Some(body) => Message { body: Body::Shared(body), ..*message },
+        None => *message,
+    };
+    messages.iter().map(&mut with_body).collect()
 }
 
 /// Writes exchange and routing key as [`Message::names`] holds them; each is cut at 255 bytes.

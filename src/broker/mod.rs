@@ -47,7 +47,7 @@ pub use self::{
     error::BrokerError,
     events::{EVENT_EXCHANGE, EventProperties, Events},
     memory::MemoryBudget,
-    message::{Body, Message, OwnedMessage, encode_names},
+    message::{Body, Message, OwnedMessage, copy_large_bodies, encode_names, with_bodies},
     overview::{CheckpointError, Overview},
     port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port, TimedOut},
     queue::{
@@ -60,6 +60,10 @@ pub use self::{
     vhost::{Arrival, DeclaredQueue, DelayedIn, PolicyError, Published, QueueSettings, Route, Vhost},
 };
 pub use crate::store::{AtomicSection, Round, StoreStats, WatermarkListener};
+
+/// For benchmarks.
+#[doc(hidden)]
+pub use self::queue::RangeSet;
 
 use self::{
     definitions::Definition,

@@ -1,6 +1,6 @@
 //! Where deliveries leave the broker. A connection implements these traits over its outbox; the broker sees no frames.
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use crate::model::Name;
 
@@ -43,6 +43,35 @@ pub trait DeliveryWriter {
     /// Writes `basic.deliver` and its content, and remembers it as unacked unless the slot is no-ack.
     fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer;
 
+    /// [`DeliveryWriter::deliver`] of messages that were never in a queue, to one no-ack consumer, up to the first one that is
+    /// not taken. Answers how many were, and what was done with the last one that was offered.
+    fn deliver_all(&mut self, to: Address, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, &message) in messages.iter().enumerate() {
+            let offer = self.deliver(&Delivery { to, seq: 0, redelivered: false, message });
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
+    /// [`DeliveryWriter::deliver`] of messages that stand side by side in their queue, `first` being the position of the first,
+    /// and were never handed out; up to the first one that is not taken. Answers as [`DeliveryWriter::deliver_all`].
+    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
+            let offer = self.deliver(&Delivery { to, seq, redelivered: false, message });
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
+    /// Whether so much waits for the connection's writer that whoever adds to it should let it catch up.
+    fn is_behind(&self) -> bool {
+        false
+    }
+
     /// Writes `basic.get-ok` with `remaining` ready messages; never blocked.
     fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer;
 }
@@ -55,6 +84,11 @@ pub trait Port: Send + Sync {
 
     /// Wakes the connection's writer.
     fn wake(&self);
+
+    /// Waits until the connection's writer has taken what waits for it, if that is much.
+    fn caught_up(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(std::future::ready(()))
+    }
 
     /// Publishes the traces of what was delivered since the last call; answers whether there were any. Whoever has been
     /// told to call [`Port::wake`] may call this before; otherwise it is done later. No lock is held.
@@ -107,6 +141,9 @@ pub struct Effects {
     pub unused: Vec<Arc<super::queue::Queue>>,
     /// A queue that was published to has consumers and a backlog: its publisher should let them catch up for a moment.
     pub congested: bool,
+    /// The connection of a consumer that was given more than its writer keeps up with: its publisher should let it catch up,
+    /// or the queue has to keep what could have gone straight through.
+    pub behind: Option<Arc<dyn Port>>,
     /// Queues that gave up the lock with deliveries still possible.
     pub again: Vec<Arc<super::queue::Queue>>,
     /// Messages to be dead-lettered.

@@ -252,11 +252,17 @@ impl Vhost {
     ) -> Result<Round, TopologyError> {
         let mut topology = self.topology.write();
         let removed = topology.delete_exchange(name, if_unused)?;
-        Ok(self.forget(&topology, &removed, Some(connection)))
+        Ok(self.forget(&topology, &removed, None, Some(connection)))
     }
 
     /// Removes the definitions of what a change has taken away.
-    fn forget(&self, topology: &Topology<Arc<Queue>>, removed: &Removed, connection: Option<ConnectionId>) -> Round {
+    fn forget(
+        &self,
+        topology: &Topology<Arc<Queue>>,
+        removed: &Removed,
+        queue: Option<&Arc<Queue>>,
+        connection: Option<ConnectionId>,
+    ) -> Round {
         if removed.is_empty() {
             return 0;
         }
@@ -264,7 +270,7 @@ impl Vhost {
         self.look_for_listeners(topology);
         self.note_removed(removed, connection);
         let mut round = 0;
-        for binding in &removed.bindings {
+        for binding in removed.bindings.iter().filter(|binding| was_durable(topology, removed, queue, binding)) {
             round = round.max(self.environment.store.delete_definition(definitions::binding_key(&self.name, binding)));
         }
         for exchange in &removed.exchanges {
@@ -329,7 +335,7 @@ impl Vhost {
             self.check_owner(queue, connection)?;
         }
         let removed = topology.unbind(binding);
-        Ok(self.forget(&topology, &removed, Some(connection)))
+        Ok(self.forget(&topology, &removed, None, Some(connection)))
     }
 
     // Queues
@@ -435,7 +441,7 @@ impl Vhost {
         let Some(DeletedQueue { consumers, ready, in_store }) = queue.delete(check)? else { return Ok((0, 0)) };
         let name = &queue.options.name;
         let removed = topology.remove_queue(name);
-        let mut round = self.forget(&topology, &removed, None);
+        let mut round = self.forget(&topology, &removed, Some(queue), None);
         self.changed();
         self.note_queue_deleted(queue, effects.on_behalf_of);
         if queue.options.durable {
@@ -541,4 +547,23 @@ impl Vhost {
         self.look_for_listeners(&topology);
         bound
     }
+}
+
+/// Whether the store has the definition of a removed binding: both its ends are durable, or gone without a trace. `queue` is
+/// gone as well.
+fn was_durable(
+    topology: &Topology<Arc<Queue>>,
+    removed: &Removed,
+    queue: Option<&Arc<Queue>>,
+    binding: &Binding,
+) -> bool {
+    let exchange = |name: &str| {
+        let gone = removed.exchanges.iter().find(|exchange| *exchange.name == *name);
+        topology.exchange(name).or(gone).is_none_or(|exchange| exchange.durable)
+    };
+    exchange(&binding.source)
+        && match &binding.destination {
+            Destination::Exchange(name) => exchange(name),
+            Destination::Queue(name) => topology.queue(name).or(queue).is_none_or(|queue| queue.options.durable),
+        }
 }

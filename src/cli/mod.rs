@@ -71,8 +71,9 @@ enum Command {
     Ping(ping::PingArgs),
     /// Ask a running broker on this machine how it is, or for a backup
     Ctl(ctl::CtlArgs),
-    /// Publish to and consume from a broker, and measure it
-    Perf(perf::PerfArgs),
+    // The long text stands with the options.
+    #[command(about = "Publish to and consume from a broker, and measure it")]
+    Perf(Box<perf::PerfCommand>),
 }
 
 /// How long tasks that are still blocked after the server has stopped may hold up the exit.
@@ -118,7 +119,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
             ctl::CtlError::Config(_) => Failure::usage(error),
             _ => Failure::running(error),
         }),
-        Some(Command::Perf(args)) => perf::run(args).map_err(Failure::running),
+        Some(Command::Perf(args)) => perf::run(*args).map_err(Failure::running),
     };
     done.map(|()| ExitCode::SUCCESS)
 }

@@ -207,7 +207,7 @@ impl Connection {
                 Step::More => break,
                 Step::Flush => return Some(End::Flush),
                 Step::Drop { later, reason } => return Some(End::Drop { later, reason }),
-                Step::Await(round) => self.session.wait(round).await,
+                Step::Await => self.session.wait().await,
                 Step::Drain => {}
             }
             self.unclog().await;
@@ -220,6 +220,10 @@ impl Connection {
             step = next;
         }
         self.unclog().await;
+        if let Some(port) = self.session.take_behind() {
+            // Bounded as well: whoever reads nothing at all is passed over from now on.
+            let _ = timeout(CONGESTION_PAUSE, port.caught_up()).await;
+        }
         if self.session.take_published() {
             if self.session.take_congested(self.read_bytes) {
                 // Bounded, so that consumers which are slow for good cost a publisher rate, never progress.

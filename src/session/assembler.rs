@@ -136,8 +136,8 @@ impl Assembler {
             return Ok(());
         }
         if content.body.capacity() - content.body.len() < bytes.len() {
-            // Grows by doubling, but never past what was announced.
-            let wanted = (content.body.capacity() * 2).max(content.body.len() + bytes.len()).min(content.body_size);
+            // Grows fourfold, as every growth may copy what is there, but never past what was announced.
+            let wanted = (content.body.capacity() * 4).max(content.body.len() + bytes.len()).min(content.body_size);
             content.body.reserve_exact(wanted - content.body.len());
         }
         content.body.extend_from_slice(bytes);

@@ -90,8 +90,9 @@ pub type CachedRoute = Arc<SmallVec<[Arc<Queue>; 2]>>;
 #[derive(Default)]
 pub struct RouteCache {
     epoch: (u64, u64),
-    last: Option<(Box<[u8]>, CachedRoute)>,
-    routes: AHashMap<Box<[u8]>, CachedRoute>,
+    last: Option<(Arc<[u8]>, CachedRoute)>,
+    /// Its keys are shared with `last`, so that a publisher who changes them allocates nothing.
+    routes: AHashMap<Arc<[u8]>, CachedRoute>,
 }
 
 impl RouteCache {
@@ -118,7 +119,8 @@ impl RouteCache {
         if self.epoch != epoch || self.routes.len() >= CACHED_ROUTES {
             *self = RouteCache { epoch, ..RouteCache::default() };
         }
-        self.routes.insert(names.into(), route.clone());
-        self.last = Some((names.into(), route));
+        let key: Arc<[u8]> = names.into();
+        self.routes.insert(key.clone(), route.clone());
+        self.last = Some((key, route));
     }
 }

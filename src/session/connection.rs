@@ -3,7 +3,7 @@
 //! [`Session::feed`] runs a whole read to completion. It stops early only where the protocol has to wait: for a round
 //! to become durable ([`Step::Await`]), or for good.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::VecDeque, net::IpAddr, sync::Arc};
 
 use amq_protocol::{
     protocol::{AMQPClass, connection},
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     auth::{Authenticator, User, sasl::Mechanism},
     broker::{
-        Broker, BrokerError, ConnectionId, Effects, Origin, Queue, Round, Settlement, Vhost, arguments::QueueType,
+        Broker, BrokerError, ConnectionId, Effects, Origin, Port, Queue, Round, Settlement, Vhost, arguments::QueueType,
     },
     model::Name,
     wire::{self, Scan, frame, hot},
@@ -79,8 +79,8 @@ pub struct Client {
 pub enum Step {
     /// Everything whole was handled.
     More,
-    /// Nothing more is handled before this round is durable; then [`Session::resume`].
-    Await(Round),
+    /// Nothing more is handled before [`Session::wait`] has answered what waits for the disk.
+    Await,
     /// Nothing more is handled before the client has read what waits for it: [`Session::is_clogged`].
     Drain,
     /// Flush the outbox and close the socket.
@@ -104,11 +104,19 @@ pub(super) struct PartialBody {
     pub(super) remaining: usize,
 }
 
-/// A round that has to be durable before anything more is handled, and what is then said.
+/// A round that has to be durable before anything more is handled of a channel, and what is then said.
 struct Awaiting {
     round: Round,
     channel: u16,
     answer: Option<AMQPClass>,
+}
+
+/// See [`Session::meanwhile`].
+enum Meanwhile {
+    GoOn,
+    Wait,
+    /// By a frame of so many bytes, which is done with.
+    Interrupted(usize, Fault),
 }
 
 /// See the module.
@@ -138,7 +146,8 @@ pub struct Session {
     /// The latest round that something settled on this connection is in.
     pub(super) settled: Round,
     pub(super) partial: Option<PartialBody>,
-    awaiting: Option<Awaiting>,
+    /// In the order in which they were asked for; at most one of each channel.
+    awaiting: VecDeque<Awaiting>,
     /// Something was published since [`Session::take_published`].
     pub(super) published: bool,
     /// It has published what needs the disk while the store was failing.
@@ -195,7 +204,7 @@ impl Session {
             settling: SettleBatch::default(),
             settled: 0,
             partial: None,
-            awaiting: None,
+            awaiting: VecDeque::new(),
             published: false,
             needs_disk: false,
             congested_bytes: 0,
@@ -209,10 +218,13 @@ impl Session {
         session
     }
 
-    /// Waits for an awaited round and takes its outcome in.
-    pub async fn wait(&mut self, round: Round) {
-        let outcome = self.broker.durable(round).await;
-        self.resume(outcome);
+    /// Answers what waits for the disk, each when its round is durable or has failed.
+    pub async fn wait(&mut self) {
+        while let Some(round) = self.awaiting.front().map(|awaiting| awaiting.round) {
+            let outcome = self.broker.durable(round).await;
+            self.resume(outcome);
+        }
+        self.outbox.wake_if_needed();
     }
 
     /// Whether tuning is done.
@@ -241,7 +253,7 @@ impl Session {
         if self.client.blocked {
             let reason = amq_protocol::types::ShortString::try_new(reason).unwrap_or_default();
             self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Blocked(connection::Blocked { reason })));
-            self.outbox.wake_writer();
+            self.outbox.wake_if_needed();
         }
     }
 
@@ -249,7 +261,7 @@ impl Session {
     pub fn tell_unblocked(&self) {
         if self.client.blocked {
             self.reply(0, &AMQPClass::Connection(connection::AMQPMethod::Unblocked(connection::Unblocked {})));
-            self.outbox.wake_writer();
+            self.outbox.wake_if_needed();
         }
     }
 
@@ -282,6 +294,11 @@ impl Session {
         std::mem::take(&mut self.published)
     }
 
+    /// The connection of a consumer that was given more since the last call than its writer keeps up with.
+    pub fn take_behind(&mut self) -> Option<Arc<dyn Port>> {
+        self.effects.behind.take()
+    }
+
     /// Whether enough was published to queues whose consumers do not keep up that the publisher should pause.
     /// `read_bytes` is what came in since the last call; a publisher of few bytes is never paused for them.
     pub fn take_congested(&mut self, read_bytes: usize) -> bool {
@@ -304,16 +321,13 @@ impl Session {
     pub fn feed(&mut self, input: &[u8]) -> (usize, Step) {
         let mut at = 0;
         let step = loop {
-            if let Some(awaiting) = &self.awaiting {
-                let round = awaiting.round;
-                match self.interrupts_commit(&input[at..]) {
-                    None => break Step::Await(round),
-                    Some((used, fault)) => {
-                        at += used;
-                        self.awaiting = None;
-                        self.fail(0, fault);
-                        continue;
-                    }
+            match self.meanwhile(&input[at..]) {
+                Meanwhile::GoOn => {}
+                Meanwhile::Wait => break Step::Await,
+                Meanwhile::Interrupted(used, fault) => {
+                    at += used;
+                    self.fail(0, fault);
+                    continue;
                 }
             }
             if self.phase == Phase::Closed {
@@ -343,18 +357,29 @@ impl Session {
         (at, step)
     }
 
-    /// The fault of a method that follows a `tx.commit` on its channel before it is answered, and the method's length.
-    fn interrupts_commit(&self, input: &[u8]) -> Option<(usize, Fault)> {
-        let Some(Awaiting { channel, answer: Some(AMQPClass::Tx(_)), .. }) = &self.awaiting else { return None };
-        let Scan::Frame(frame) = wire::scan(input, self.frame_max) else { return None };
-        let id = hot::method_id(frame.payload).filter(|_| frame.kind == frame::METHOD && frame.channel == *channel)?;
-        let fault = Fault::new(504, "unexpected command while processing 'tx.commit'").at((id >> 16) as u16, id as u16);
-        Some((frame.wire_len(), fault))
+    /// What the next frame may do while answers wait for the disk: those of other channels are handled, so that definitions
+    /// on many channels share a sync; a method that follows a `tx.commit` on its channel before that is answered is a fault.
+    #[inline]
+    fn meanwhile(&self, input: &[u8]) -> Meanwhile {
+        if self.awaiting.is_empty() {
+            return Meanwhile::GoOn;
+        }
+        let Scan::Frame(frame) = wire::scan(input, self.frame_max) else { return Meanwhile::Wait };
+        match self.awaiting.iter().find(|awaiting| awaiting.channel == frame.channel) {
+            None if frame.channel == 0 || self.partial.is_some() => Meanwhile::Wait,
+            None => Meanwhile::GoOn,
+            Some(Awaiting { answer: Some(AMQPClass::Tx(_)), .. }) if frame.kind == frame::METHOD => {
+                let Some(id) = hot::method_id(frame.payload) else { return Meanwhile::Wait };
+                let fault = Fault::new(504, "unexpected command while processing 'tx.commit'");
+                Meanwhile::Interrupted(frame.wire_len(), fault.at((id >> 16) as u16, id as u16))
+            }
+            Some(_) => Meanwhile::Wait,
+        }
     }
 
-    /// Goes on after [`Step::Await`]: the awaited round is durable, or it failed.
-    pub fn resume(&mut self, outcome: Result<(), BrokerError>) {
-        let Some(Awaiting { channel, answer, .. }) = self.awaiting.take() else { return };
+    /// The first of the rounds that answers wait for is durable, or it failed.
+    fn resume(&mut self, outcome: Result<(), BrokerError>) {
+        let Some(Awaiting { channel, answer, .. }) = self.awaiting.pop_front() else { return };
         match (outcome, answer) {
             (Ok(()), Some(class)) => self.reply(channel, &class),
             (Ok(()), None) => {}
@@ -363,7 +388,6 @@ impl Session {
                 let _ = self.fail(channel, fault);
             }
         }
-        self.outbox.wake_writer();
     }
 
     /// Everything that was gathered while frames were handled goes where it belongs.
@@ -401,7 +425,7 @@ impl Session {
 
     fn await_round(&mut self, channel: u16, round: Round, answer: Option<AMQPClass>) {
         if round > self.broker.watermark() || self.broker.is_failed(round) {
-            self.awaiting = Some(Awaiting { round, channel, answer });
+            self.awaiting.push_back(Awaiting { round, channel, answer });
         } else if let Some(class) = answer {
             self.reply(channel, &class);
         }
@@ -442,7 +466,7 @@ impl Session {
                 let _ = self.fail(number, Fault::new(406, text));
             }
         }
-        self.outbox.wake_writer();
+        self.outbox.wake_if_needed();
     }
 
     /// Whether faults are not told to the peer yet: before it has logged in, all but the refusal itself.
@@ -456,10 +480,11 @@ impl Session {
             return;
         }
         tracing::warn!(peer = %self.peer, code = reason.code, text = reason.text, "closing connection");
+        self.awaiting.clear();
         self.release();
         self.reply(0, &reason.connection_close());
         self.phase = Phase::Closing;
-        self.outbox.wake_writer();
+        self.outbox.wake_if_needed();
     }
 
     /// Ends a channel's deliveries, consumers and transaction; its unacked messages go back. Its number stays taken.

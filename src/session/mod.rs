@@ -28,3 +28,7 @@ pub use self::{
     outbox::Outbox,
     write_buffer::{WriteBuffer, WriteCursor},
 };
+
+/// For benchmarks.
+#[doc(hidden)]
+pub use self::channel::RouteCache;

@@ -20,9 +20,10 @@ use crate::{
     auth::{Access, Resource},
     broker::{
         Body, Effects, Message, Outcome, REPLY_TO, ReplyRegistry, ReplyTarget, Round, Route, SHARED_BODY_BYTES, Vhost,
-        encode_names,
+        copy_large_bodies, encode_names,
         exchange::Attributes,
         extension::{Extension, ExtensionBytes, encode_keys},
+        with_bodies,
     },
     clock,
     model::{
@@ -31,18 +32,18 @@ use crate::{
         properties::{self, Properties, plain_delivery_mode, raw_entries},
     },
     wire::{
-        self, Scan, encode, frame,
+        self, Scan, frame,
         hot::{BASIC_PUBLISH, HeaderView, PublishView, method_id, split_names},
         limits::check_table,
     },
 };
 
-/// Messages of one run: how long a queue's lock may be held.
-const RUN_MESSAGES: usize = 1024;
+/// Messages of one run: enough that what a run costs is little for each, and few enough that they stand on the stack.
+const RUN_MESSAGES: usize = 128;
 /// RabbitMQ's bound on `expiration`, in milliseconds.
 const MAX_EXPIRATION_MS: u64 = 315_360_000_000;
 
-type Run<'a> = SmallVec<[Message<'a>; 8]>;
+type Run<'a> = SmallVec<[Message<'a>; RUN_MESSAGES]>;
 
 fn fault(code: u16, text: impl AsRef<str>) -> Fault {
     Fault::new(code, text).at(60, 40)
@@ -60,7 +61,8 @@ impl Session {
             return Ok(None);
         }
         let mut run = Run::new();
-        let (names, used) = gather(number, input, self.frame_max, &mut run);
+        let limits = Limits { payload: self.frame_max, body: self.limits.max_message_bytes };
+        let (names, used) = gather(number, input, limits, &mut run);
         let Some(vhost) = &self.vhost else { return Ok(None) };
         if run.is_empty() || ReplyRegistry::is_reply_name(split_names(names).1) || vhost.is_tracing() {
             return Ok(None);
@@ -71,9 +73,12 @@ impl Session {
             return Ok(None); // returns and their order belong to the careful path
         }
         self.published = true;
-        if route.iter().any(|queue| queue.may_reject()) {
-            for message in &run {
-                self.deliver_one(number, &route, message);
+        let in_place = matches!(&route[..], [queue] if queue.takes_bodies_in_place());
+        let copies = !in_place && run.iter().any(|message| message.large_inline_body().is_some());
+        if copies || route.iter().any(|queue| queue.may_reject()) {
+            let bodies = copy_large_bodies(&run);
+            for message in with_bodies(&run, &bodies) {
+                self.deliver_one(number, &route, &message);
             }
             return Ok(Some(used));
         }
@@ -365,40 +370,36 @@ impl Session {
 
 /// Collects the run; answers the names all its messages share and its length in bytes.
 ///
-/// Messages of a run mostly differ in nothing but their bodies, so a method or content header frame that repeats the
-/// first one's bytes is not read again.
+/// Messages of a run mostly differ in nothing but their bodies, so frames that repeat the first ones' bytes up to the body
+/// are not read again.
 #[inline]
-fn gather<'a>(number: u16, input: &'a [u8], max_payload: u32, run: &mut Run<'a>) -> (&'a [u8], usize) {
-    let Some(first) = whole_message(number, input, max_payload) else { return (&[], 0) };
+fn gather<'a>(number: u16, input: &'a [u8], limits: Limits, run: &mut Run<'a>) -> (&'a [u8], usize) {
+    let Some(first) = whole_message(number, input, limits) else { return (&[], 0) };
     let names = first.message.names;
     if !names_are_text(names) {
         return (&[], 0);
     }
     run.push(first.message);
-    let (method, header) = (first.method, first.header);
-    let (properties, persistent, body_len) =
-        (first.message.properties, first.message.persistent, first.message.body.len());
-    let repeated = method.len() + header.len();
-    let body_frame = if body_len == 0 { 0 } else { body_len + frame::OVERHEAD_BYTES };
-    let body_head = encode::body_head(number, body_len);
+    let Message { properties, persistent, .. } = first.message;
+    // With the head of the body frame, if there is one.
+    let repeated = &input[..first.body_at];
+    let whole_len = first.len;
     let mut at = first.len;
     while run.len() < RUN_MESSAGES {
         let rest = &input[at..];
-        let same = rest.len() >= repeated + body_frame
-            && rest[..method.len()] == *method
-            && rest[method.len()..repeated] == *header;
-        if same {
-            let frame = &rest[repeated..repeated + body_frame];
-            let body: &[u8] = match frame {
+        if let Some(next) = rest.get(..whole_len)
+            && next[..repeated.len()] == *repeated
+        {
+            let body: &[u8] = match &next[repeated.len()..] {
                 [] => &[],
-                [head @ .., frame::FRAME_END] if head[..frame::HEAD_BYTES] == body_head => &head[frame::HEAD_BYTES..],
-                _ => break, // a body in pieces, or a bad frame: read with care
+                [body @ .., frame::FRAME_END] => body,
+                _ => break, // a bad frame: read with care
             };
             run.push(Message { names, properties, body: Body::Inline(body), persistent, extension: &[] });
-            at += repeated + body_frame;
+            at += whole_len;
             continue;
         }
-        match whole_message(number, rest, max_payload) {
+        match whole_message(number, rest, limits) {
             Some(next) if next.message.names == names => {
                 run.push(next.message);
                 at += next.len;
@@ -414,17 +415,27 @@ fn names_are_text(names: &[u8]) -> bool {
     std::str::from_utf8(exchange).is_ok() && std::str::from_utf8(routing_key).is_ok()
 }
 
+/// What a message may be at most to be read in one piece.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Bytes of a frame's payload.
+    payload: u32,
+    /// Bytes of a body.
+    body: u64,
+}
+
 /// A message in the read buffer, with the frames it came in.
 struct Whole<'a> {
     message: Message<'a>,
-    method: &'a [u8],
-    header: &'a [u8],
+    /// Where the body begins; the end of the frames if there is none.
+    body_at: usize,
     len: usize,
 }
 
 /// A message whose three frames are all there, with nothing about it that needs a closer look.
 #[inline]
-fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_>> {
+fn whole_message(number: u16, input: &[u8], limits: Limits) -> Option<Whole<'_>> {
+    let max_payload = limits.payload;
     let Scan::Frame(method) = wire::scan(input, max_payload) else { return None };
     if method.kind != frame::METHOD || method.channel != number || method_id(method.payload) != Some(BASIC_PUBLISH) {
         return None;
@@ -438,9 +449,9 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
     if header.kind != frame::HEADER || header.channel != number {
         return None;
     }
-    let body_at = header_at + header.wire_len();
+    let mut body_at = header_at + header.wire_len();
     let header = HeaderView::read(header.payload).ok()?;
-    if header.class != 60 || header.weight != 0 || header.body_size >= SHARED_BODY_BYTES as u64 {
+    if header.class != 60 || header.weight != 0 || header.body_size > limits.body {
         return None;
     }
     let persistent = match plain_delivery_mode(header.properties) {
@@ -456,6 +467,7 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
             return None;
         }
         len += frame.wire_len();
+        body_at += frame::HEAD_BYTES;
         body = frame.payload;
     }
     let message = Message {
@@ -465,7 +477,7 @@ fn whole_message(number: u16, input: &[u8], max_payload: u32) -> Option<Whole<'_
         persistent,
         extension: &[],
     };
-    Some(Whole { message, method: &input[..header_at], header: &input[header_at..body_at], len })
+    Some(Whole { message, body_at, len })
 }
 
 /// Hands messages to every queue of a route; answers the round that makes all of them durable.

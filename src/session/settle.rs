@@ -29,6 +29,24 @@ fn settlement(view: &SettleView, method: u32) -> Settlement {
     }
 }
 
+/// How many `basic.ack`s of one delivery each the input begins with, their tags rising by one: the one that `first` was read
+/// from, and those after it which differ in nothing but the tag.
+#[inline]
+fn count_acks(input: &[u8], first: &SettleView) -> usize {
+    const TAG: std::ops::Range<usize> = 11..19;
+    const ACK_BYTES: usize = 21;
+    let mut frames = input.chunks_exact(ACK_BYTES).take(RUN_METHODS);
+    let Some(pattern) = frames.next() else { return 1 };
+    let mut tag = first.delivery_tag;
+    let follows = |frame: &&[u8]| {
+        tag = tag.wrapping_add(1);
+        frame[TAG] == tag.to_be_bytes()
+            && frame[..TAG.start] == pattern[..TAG.start]
+            && frame[TAG.end..] == pattern[TAG.end..]
+    };
+    1 + frames.take_while(follows).count()
+}
+
 impl Session {
     /// Handles the run of settling methods of one channel at the start of `input`; `used` is their length, that of a
     /// failing one included.
@@ -49,7 +67,7 @@ impl Session {
         {
             let outbox = self.outbox.clone();
             let mut settler = (working && !is_tx).then(|| outbox.settler(number));
-            let mut methods = 0;
+            let (mut methods, mut in_order) = (0, true);
             while methods < RUN_METHODS && failure.is_none() {
                 let Scan::Frame(frame) = wire::scan(&input[*used..], self.frame_max) else { break };
                 if frame.kind != frame::METHOD || frame.channel != number {
@@ -72,6 +90,19 @@ impl Session {
                         let how = settlement(&view, id);
                         if *run_kind.get_or_insert(how) != how {
                             break;
+                        }
+                        if in_order
+                            && how == Settlement::Acked
+                            && !view.multiple
+                            && let Some(settler) = &mut settler
+                        {
+                            let acks = count_acks(&input[*used..], &view);
+                            in_order = settler.settle_each(view.delivery_tag, acks, &mut batch);
+                            if in_order {
+                                *used += acks * frame.wire_len();
+                                methods += acks;
+                                continue;
+                            }
                         }
                         let settled = match &mut settler {
                             Some(settler) => settler.settle(view.delivery_tag, view.multiple, &mut batch),

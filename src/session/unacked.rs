@@ -87,6 +87,32 @@ impl UnackedRing {
         Ok(())
     }
 
+    /// Takes out the deliveries of `count` tags from `first` on, as so many calls of [`UnackedRing::settle`] would, if all of
+    /// them are outstanding. Answers whether they are; if not, nothing has changed.
+    #[inline]
+    pub fn settle_each(&mut self, first: u64, count: usize, mut each: impl FnMut(Unacked)) -> bool {
+        let Some(at) = self.position(first) else { return false };
+        let until = at + count;
+        let has_gap = match self.ring.get(until.saturating_sub(1)) {
+            Some(last) => last.tag - first != count as u64 - 1,
+            None => true,
+        };
+        if has_gap || self.ring.range(at..until).any(|unacked| unacked.settled) {
+            return false;
+        }
+        self.len -= count;
+        if at == 0 {
+            self.ring.drain(..count).for_each(each);
+            self.drop_settled_front();
+            return true;
+        }
+        for unacked in self.ring.range_mut(at..until) {
+            each(*unacked);
+            unacked.settled = true;
+        }
+        true
+    }
+
     #[inline]
     fn position(&self, tag: u64) -> Option<usize> {
         let first = self.ring.front()?;
@@ -132,7 +158,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn agrees_with_a_plain_list(steps in proptest::collection::vec((0u8..4, 0u64..40), 0..150)) {
+        fn agrees_with_a_plain_list(steps in proptest::collection::vec((0u8..5, 0u64..40), 0..150)) {
             let (mut ring, mut model, mut tag) = (UnackedRing::default(), Vec::<u64>::new(), 0);
             for (step, at) in steps {
                 match step {
@@ -140,6 +166,15 @@ mod tests {
                         tag += 1 + at % 2;
                         ring.push(Unacked::new(tag, tag, 0, 1, false));
                         model.push(tag);
+                    }
+                    4 => {
+                        let (first, count) = (at, 1 + at as usize % 5);
+                        let wanted: Vec<u64> = (first..).take(count).collect();
+                        let mut settled = Vec::new();
+                        let done = ring.settle_each(first, count, |unacked| settled.push(unacked.tag));
+                        prop_assert_eq!(done, wanted.iter().all(|tag| model.contains(tag)));
+                        prop_assert_eq!(&settled, if done { &wanted } else { &Vec::new() });
+                        model.retain(|tag| !settled.contains(tag));
                     }
                     _ => {
                         let multiple = step == 2;

@@ -301,7 +301,9 @@ impl RoundBuilder {
         }
     }
 
-    pub(super) fn clear(&mut self) {
+    /// Empties the round for the next one, which gets its memory. Public for benchmarks.
+    #[doc(hidden)]
+    pub fn clear(&mut self) {
         self.log.clear();
         self.pages.clear();
         self.bodies.clear();

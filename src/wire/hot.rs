@@ -1,10 +1,9 @@
 //! Borrowed views of the methods and headers that make up the load.
 
 use nom::{
-    IResult, Parser,
+    IResult,
     bytes::complete::take,
-    combinator::recognize,
-    number::complete::{be_u8, be_u16, be_u32, be_u64},
+    number::complete::{be_u8, be_u32},
 };
 
 /// Class and method numbers packed as `class << 16 | method`.
@@ -52,8 +51,9 @@ impl<'a> PublishView<'a> {
     #[inline]
     pub fn read(payload: &'a [u8]) -> Result<Self, Undecodable> {
         let arguments = payload.get(6..).ok_or(Undecodable)?; // class, method, ticket
-        let (rest, names) = recognize((short_string, short_string)).parse(arguments).map_err(|_| Undecodable)?;
-        let [bits] = rest else { return Err(Undecodable) };
+        let exchange_len = 1 + usize::from(*arguments.first().ok_or(Undecodable)?);
+        let names_len = exchange_len + 1 + usize::from(*arguments.get(exchange_len).ok_or(Undecodable)?);
+        let Some((names, [bits])) = arguments.split_at_checked(names_len) else { return Err(Undecodable) };
         Ok(PublishView { names, mandatory: bits & 1 != 0, immediate: bits & 2 != 0 })
     }
 }
@@ -119,12 +119,16 @@ impl<'a> HeaderView<'a> {
     /// Reads the payload of a header frame.
     #[inline]
     pub fn read(payload: &'a [u8]) -> Result<Self, Undecodable> {
-        let parsed: IResult<&[u8], (u16, u16, u64)> = (be_u16, be_u16, be_u64).parse(payload);
-        let (properties, (class, weight, body_size)) = parsed.map_err(|_| Undecodable)?;
+        let (&[c0, c1, w0, w1, ref size @ ..], properties) = payload.split_first_chunk::<12>().ok_or(Undecodable)?;
         if properties.len() < 2 {
             return Err(Undecodable);
         }
-        Ok(HeaderView { class, weight, body_size, properties })
+        Ok(HeaderView {
+            class: u16::from_be_bytes([c0, c1]),
+            weight: u16::from_be_bytes([w0, w1]),
+            body_size: u64::from_be_bytes(*size),
+            properties,
+        })
     }
 }
 

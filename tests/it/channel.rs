@@ -1,11 +1,14 @@
 //! Channels: opening, closing, and who is to blame for what.
 
-use amq_protocol::protocol::{AMQPClass, BasicProperties, basic, channel, connection, exchange};
+use amq_protocol::{
+    protocol::{AMQPClass, BasicProperties, basic, channel, connection, exchange, queue},
+    types::FieldTable,
+};
 
 use crate::support::{
     TestBroker, code,
     frames::{self, METHOD},
-    peer::{Declare, transient},
+    peer::{Declare, durable, transient},
 };
 
 fn open() -> AMQPClass {
@@ -220,6 +223,64 @@ async fn a_thousand_channels_open_and_close() {
         for number in 1..=1000 {
             peer.close_channel(number).await;
         }
+    }
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn definitions_on_several_channels_share_a_sync_and_faults_between_them_are_answered() {
+    const CHANNELS: u16 = 20;
+    let (broker, gate) = TestBroker::gated().await;
+    let mut peer = broker.peer().await;
+    for number in 2..=CHANNELS {
+        peer.open_channel(number).await;
+    }
+    gate.take_written();
+    gate.close();
+    let declare = |number: u16, passive| {
+        let declare = Declare { passive, ..durable(&format!("q{number}")) };
+        frames::method(number, &AMQPClass::Queue(queue::AMQPMethod::Declare(declare)))
+    };
+    // The last but one declares nothing; the first one goes on after its answer.
+    let mut bytes: Vec<u8> = (1..=CHANNELS).flat_map(|number| declare(number, number == CHANNELS - 1)).collect();
+    bytes.extend(frames::method(
+        1,
+        &AMQPClass::Queue(queue::AMQPMethod::Purge(queue::Purge { queue: "q1".into(), nowait: false })),
+    ));
+    peer.write(&bytes).await;
+    peer.expect_channel_error(CHANNELS - 1, 404, "NOT_FOUND - no queue 'q19' in vhost '/'").await;
+    gate.open();
+    for number in (1..=CHANNELS).filter(|number| *number != CHANNELS - 1) {
+        let answer = peer.method(number).await;
+        assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::DeclareOk(_))), "{number}: {answer:?}");
+    }
+    let answer = peer.method(1).await;
+    assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::PurgeOk(_))), "{answer:?}");
+    let rounds = gate.take_written().len();
+    assert!(rounds <= 3, "{rounds} rounds for {CHANNELS} declarations");
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_binding_with_a_transient_end_goes_without_a_sync() {
+    let (broker, gate) = TestBroker::gated().await;
+    let mut peer = broker.peer().await;
+    peer.declare(1, transient("q")).await;
+    peer.declare(1, durable("d")).await;
+    let unbind = |queue: &str| {
+        AMQPClass::Queue(queue::AMQPMethod::Unbind(queue::Unbind {
+            queue: queue.into(),
+            exchange: "amq.direct".into(),
+            routing_key: "k".into(),
+            ..Default::default()
+        }))
+    };
+    for (name, rounds) in [("q", 0), ("d", 1)] {
+        peer.bind(1, name, "amq.direct", "k", FieldTable::default()).await;
+        gate.take_written();
+        let answer = peer.call(1, unbind(name)).await;
+        assert!(matches!(answer, AMQPClass::Queue(queue::AMQPMethod::UnbindOk(_))), "{answer:?}");
+        assert_eq!(gate.take_written().len(), rounds, "{name}");
     }
     broker.stop().await;
 }

@@ -76,8 +76,7 @@ impl Default for TopicTrie {
 
 /// The words of a key or pattern: none in an empty one, else one more than it has dots.
 fn words(key: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let split = if key.is_empty() { None } else { Some(key.split(|&byte| byte == b'.')) };
-    split.into_iter().flatten()
+    key.split(|&byte| byte == b'.').skip(usize::from(key.is_empty()))
 }
 
 impl TopicTrie {
@@ -231,11 +230,14 @@ impl Walk<'_> {
             let Some(node) = self.trie.nodes.get(slot) else {
                 continue;
             };
-            next.extend(node.one);
+            if let Some(one) = node.one {
+                next.push(one);
+            }
             if let Some(word) = literal
                 && node.literal_count > 0
+                && let Some(&child) = self.trie.edges.get(&(slot, word))
             {
-                next.extend(self.trie.edges.get(&(slot, word)).copied());
+                next.push(child);
             }
         }
     }
@@ -261,25 +263,25 @@ impl Walk<'_> {
     }
 }
 
-/// A set of `#` nodes: a list while they are few.
+/// A set of `#` nodes: a list while they are few. The hash set is only made when it is needed, as its seed costs more than
+/// the list does.
 #[derive(Default)]
 struct Opened {
     few: SmallVec<[Slot; 16]>,
-    many: AHashSet<Slot>,
+    many: Option<AHashSet<Slot>>,
 }
 
 impl Opened {
     /// Whether the node is new.
     fn insert(&mut self, node: Slot) -> bool {
-        if !self.many.is_empty() {
-            return self.many.insert(node);
+        if let Some(many) = &mut self.many {
+            return many.insert(node);
         }
         if self.few.contains(&node) {
             return false;
         }
         if self.few.len() == self.few.inline_size() {
-            self.many.extend(self.few.drain(..));
-            return self.many.insert(node);
+            return self.many.insert(self.few.drain(..).collect()).insert(node);
         }
         self.few.push(node);
         true

@@ -16,8 +16,8 @@ use crate::{
         delay_headers::due_unix_ms,
         environment::Environment,
         extension::Extension,
-        message::{Body, Message},
-        port::{Delivery, Effects, Offer},
+        message::{Body, Message, copy_large_bodies, with_bodies},
+        port::{Effects, Offer},
         rules::{Overflow, QueueTraits},
     },
     clock,
@@ -120,9 +120,22 @@ impl Queue {
                 return 0;
             }
         }
+        let bodies = copy_large_bodies(messages);
+        if bodies.is_empty() {
+            return self.append_locked(state, messages, effects);
+        }
+        self.append_locked(state, &with_bodies(messages, &bodies), effects)
+    }
+
+    /// The part of publishing that comes after what consumers take at once.
+    fn append_locked(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        messages: &[Message<'_>],
+        effects: &mut Effects,
+    ) -> Round {
         let now = clock::now_unix_ms();
-        let expected_bytes = messages.iter().map(record::encoded_len).sum();
-        state.append_all(messages, now, expected_bytes);
+        state.append_all(messages, now);
         if state.can_deliver() {
             self.deliver_locked(state, now, effects);
             effects.congested |= state.is_congested();
@@ -145,6 +158,13 @@ impl Queue {
             self.mark_dirty(state);
         }
         0
+    }
+
+    /// Whether a large body is best left where it stands, as one that a consumer takes at once is never kept. Others keep it
+    /// in any case.
+    #[inline]
+    pub fn takes_bodies_in_place(&self) -> bool {
+        self.stream.is_none() && !self.is_particular
     }
 
     /// Whether the queue refuses publishes when it is full (`x-overflow`).
@@ -291,16 +311,16 @@ impl QueueState {
                 break;
             }
             let run = if alone { messages.len() } else { taken + 1 };
-            let (to, mut last) = (consumer.address, Offer::Taken);
+            let (to, mut last, mut is_behind) = (consumer.address, Offer::Taken, false);
             let wake = consumer.port.with_writer(&mut |writer| {
-                while taken < run {
-                    last = writer.deliver(&Delivery { to, seq: 0, redelivered: false, message: messages[taken] });
-                    if last != Offer::Taken {
-                        return;
-                    }
-                    taken += 1;
-                }
+                let (more, offer) = writer.deliver_all(to, &messages[taken..run]);
+                taken += more;
+                last = offer;
+                is_behind = writer.is_behind();
             });
+            if is_behind && effects.behind.is_none() {
+                effects.behind = Some(consumer.port.clone());
+            }
             if wake {
                 effects.wakes.push(consumer.port.clone());
             }
@@ -325,7 +345,8 @@ impl QueueState {
     /// Appends a run of messages.
     ///
     /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
-    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64, expected_bytes: usize) {
+    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64) {
+        let expected_bytes = || messages.iter().map(record::encoded_len).sum();
         let persistence = self.persistence();
         let is_plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
         let mut appended = 0;
@@ -341,7 +362,9 @@ impl QueueState {
                 appended += 1;
             }
         }
-        for message in &messages[appended..] {
+        let others = &messages[appended..];
+        let expected_bytes = if others.is_empty() { 0 } else { expected_bytes() };
+        for message in others {
             self.append(message, now_unix_ms, expected_bytes);
         }
     }
@@ -352,7 +375,7 @@ impl QueueState {
         let level = if self.traits.max_priority == 0 { 0 } else { self.level_of(message.properties) };
         if self.rules.message_ttl_ms.is_none() && message.extension.is_empty() {
             let lane = self.lanes.at_level(level);
-            lane.log.append(&message, now_unix_ms, expected_bytes);
+            lane.log.append(&message, now_unix_ms, || expected_bytes);
             lane.appended(message.body.len() as u64, persistent);
         } else {
             self.append_extended(level, &message, now_unix_ms, expected_bytes);
@@ -379,7 +402,7 @@ impl QueueState {
         let message = Message { extension: &extension, ..*message };
         let quorum = self.is_quorum();
         let lane = self.lanes.at_level(level);
-        let seq = lane.log.append(&message, now_unix_ms, expected_bytes);
+        let seq = lane.log.append(&message, now_unix_ms, || expected_bytes);
         if deliveries > 0 && quorum {
             self.attempts.seed(queue_position(level, seq), deliveries);
         }

@@ -13,6 +13,8 @@ pub const CHUNK_BYTES: usize = 128 << 10;
 const CHUNK_RECORDS: usize = 16 << 10;
 /// Bytes of buffer an empty queue may keep.
 const IDLE_BYTES: usize = 2 << 10;
+/// A buffer that is larger is as large as a chunk gets.
+const SMALL_BYTES: usize = 16 << 10;
 /// Buffers a thread keeps for the next chunk.
 const POOLED_BUFFERS: usize = 4;
 
@@ -46,6 +48,8 @@ pub struct Chunk {
     paged_to: u64,
     /// What `paged_to` was, while a round is under way that pages records out.
     paging_from: Option<u64>,
+    /// Some positions have no record.
+    has_absent: bool,
     /// No ready message in it expires before that (Unix milliseconds).
     pub earliest_expiry_unix_ms: u64,
 }
@@ -56,7 +60,8 @@ impl Chunk {
         let mut buffers = Buffers::default();
         if expected_bytes > 4 << 10 {
             buffers = POOL.with(|pool| pool.borrow_mut().pop()).unwrap_or_default();
-            buffers.data.reserve(expected_bytes.min(CHUNK_BYTES));
+            let wanted = if expected_bytes > SMALL_BYTES { CHUNK_BYTES + SMALL_BYTES } else { expected_bytes };
+            buffers.data.reserve_exact(wanted);
         }
         let mut chunk = Chunk {
             first,
@@ -69,10 +74,22 @@ impl Chunk {
             transient: 0,
             paged_to: first,
             paging_from: None,
+            has_absent: false,
             earliest_expiry_unix_ms: u64::MAX,
         };
         chunk.account();
         chunk
+    }
+
+    /// Makes a buffer that would have to grow for `bytes` more as large as it may get, once it is not small: every growth copies
+    /// what is there.
+    #[inline]
+    fn make_room(&mut self, bytes: usize) {
+        let data = &mut self.buffers.data;
+        let needed = data.len() + bytes;
+        if needed > data.capacity() && needed > SMALL_BYTES {
+            data.reserve_exact((CHUNK_BYTES + SMALL_BYTES).max(needed) - data.len());
+        }
     }
 
     /// Tells the budget what the chunk's buffers have grown to. Shared bodies are accounted for one by one.
@@ -146,6 +163,7 @@ impl Chunk {
         if !message.extension.is_empty() {
             self.note_expiry(message.extension);
         }
+        self.make_room(record::encoded_len(message));
         record::encode(&mut self.buffers.data, message, now_unix_ms);
         self.buffers.offsets.push(at);
         self.live += 1;
@@ -224,18 +242,29 @@ impl Chunk {
     pub fn cover(&mut self, end: u64) {
         let len = end.saturating_sub(self.first) as usize;
         if len > self.buffers.offsets.len() {
+            self.has_absent = true;
             self.buffers.offsets.resize(len, ABSENT);
             self.account();
         }
     }
 
+    /// The index of a position and where its record begins; `None` where there is none.
     #[inline]
-    fn bounds(&self, seq: u64) -> Option<(usize, usize)> {
+    fn start(&self, seq: u64) -> Option<(usize, u32)> {
         let index = usize::try_from(seq.checked_sub(self.first)?).ok()?;
         let start = *self.buffers.offsets.get(index)?;
-        if start == ABSENT {
-            return None;
-        }
+        (start != ABSENT).then_some((index, start))
+    }
+
+    /// Whether there is a record at `seq`.
+    #[inline]
+    pub fn contains(&self, seq: u64) -> bool {
+        self.start(seq).is_some()
+    }
+
+    #[inline]
+    fn bounds(&self, seq: u64) -> Option<(usize, usize)> {
+        let (index, start) = self.start(seq)?;
         let rest = &self.buffers.offsets[index + 1..];
         let end = match rest.first() {
             Some(&end) if end != ABSENT => end as usize,
@@ -258,6 +287,16 @@ impl Chunk {
         Some((bytes, shared))
     }
 
+    /// The messages from `from` on, up to the first position without one. For chunks whose bodies are all inside.
+    #[inline]
+    pub fn messages(&self, from: u64) -> impl Iterator<Item = Message<'_>> {
+        let Buffers { data, offsets } = &self.buffers;
+        let first = from.saturating_sub(self.first) as usize;
+        let starts = if self.shared.is_empty() { offsets.get(first..).unwrap_or_default() } else { &[] };
+        let ends = starts.iter().skip(1).map(|&end| end as usize).chain([data.len()]);
+        starts.iter().zip(ends).map_while(|(&start, end)| record::decode(data.get(start as usize..end)?, None))
+    }
+
     /// The message at `seq`.
     #[inline]
     pub fn message(&self, seq: u64) -> Option<Message<'_>> {
@@ -265,12 +304,27 @@ impl Chunk {
         record::decode(bytes, shared)
     }
 
+    /// Notes that the records of `[from, until)`, which lies within the chunk, are consumed. Answers whether there was one.
+    #[inline]
+    pub fn forget_range(&mut self, from: u64, until: u64) -> bool {
+        let count = (until - from) as u32;
+        let is_uniform = self.transient == 0 || self.transient == self.live;
+        if self.has_absent || !self.shared.is_empty() || !is_uniform || count > self.live {
+            let mut was_there = false;
+            (from..until).for_each(|seq| was_there |= self.forget(seq));
+            return was_there;
+        }
+        self.live -= count;
+        self.transient = self.transient.saturating_sub(count);
+        true
+    }
+
     /// Notes that the record at `seq` is consumed; a large body is let go at once. Answers whether there was one.
     #[inline]
     pub fn forget(&mut self, seq: u64) -> bool {
-        let Some((start, _)) = self.bounds(seq) else { return false };
+        let Some((_, start)) = self.start(seq) else { return false };
         self.live = self.live.saturating_sub(1);
-        if record::head(&self.buffers.data[start..]).is_some_and(|head| !head.persistent) {
+        if record::head(&self.buffers.data[start as usize..]).is_some_and(|head| !head.persistent) {
             self.transient = self.transient.saturating_sub(1);
         }
         if !self.shared.is_empty() {
@@ -298,7 +352,7 @@ impl Chunk {
         self.first = first;
         self.buffers.data.clear();
         self.buffers.offsets.clear();
-        (self.live, self.transient) = (0, 0);
+        (self.live, self.transient, self.has_absent) = (0, 0, false);
         (self.paged_to, self.paging_from) = (first, None);
         self.earliest_expiry_unix_ms = u64::MAX;
         true

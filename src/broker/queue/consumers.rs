@@ -77,6 +77,24 @@ impl Consumer {
         self.unacked
     }
 
+    /// Deliveries that a consumer which is ready can take before it has to settle some.
+    #[inline]
+    pub fn credit(&self) -> usize {
+        match (self.no_ack, self.prefetch) {
+            (false, Some(limit)) => u32::from(limit.get()).saturating_sub(self.unacked) as usize,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Counts deliveries; answers whether the consumer can take another.
+    #[inline]
+    pub fn delivered_all(&mut self, count: usize) -> bool {
+        if !self.no_ack {
+            self.unacked += count as u32;
+        }
+        self.is_ready()
+    }
+
     /// Counts a delivery; answers whether the consumer can take another.
     #[inline]
     pub fn delivered(&mut self) -> bool {

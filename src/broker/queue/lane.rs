@@ -180,6 +180,26 @@ impl Lane {
         self.consumed(seq, body_bytes, durable);
     }
 
+    /// Ends handed-out messages whose positions follow each other, all of them durable or none.
+    #[inline]
+    pub fn consume_run(&mut self, run: &SettledRun) {
+        let SettledRun { first, end, body_bytes, durable } = *run;
+        self.log.consume_range(first, end);
+        if !durable {
+            return;
+        }
+        self.held.sub(end - first, body_bytes);
+        self.durable.sub(end - first, body_bytes);
+        self.unwritten = self.unwritten.saturating_sub(end.saturating_sub(first.max(self.written_to)));
+        if first < self.written_to {
+            let last = end.min(self.written_to) - 1;
+            // Of a run that is written in part, all counts: it only says when records are worth a deletion.
+            self.consumed_bytes += body_bytes;
+            self.consumption_unwritten = true;
+            self.dirty_segments.insert_range(first / SEGMENT_RECORDS, last / SEGMENT_RECORDS + 1);
+        }
+    }
+
     #[inline]
     fn consumed(&mut self, seq: u64, body_bytes: u64, durable: bool) {
         if !durable {
@@ -313,6 +333,14 @@ impl Lane {
             round.page_out(id, seq, record);
         });
     }
+}
+
+/// Handed-out messages that follow each other in a lane and are settled together.
+pub struct SettledRun {
+    pub first: u64,
+    pub end: u64,
+    pub body_bytes: u64,
+    pub durable: bool,
 }
 
 /// What one turn has handed out of a lane.

@@ -119,13 +119,13 @@ impl QueueLog {
 
     /// Appends a message; `expected_bytes` is what the caller is about to append in one go.
     #[inline]
-    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) -> u64 {
+    pub fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: impl FnOnce() -> usize) -> u64 {
         let seq = self.tail;
         self.expiring |= !message.extension.is_empty();
         match self.chunks.back_mut() {
             Some(chunk) if chunk.end() == seq && !chunk.is_full() => chunk.append(message, now_unix_ms),
             _ => {
-                let mut chunk = Chunk::new(seq, expected_bytes, self.budget.clone());
+                let mut chunk = Chunk::new(seq, expected_bytes(), self.budget.clone());
                 chunk.append(message, now_unix_ms);
                 self.chunks.push_back(chunk);
             }
@@ -137,7 +137,10 @@ impl QueueLog {
     #[inline]
     fn chunk_index(&self, seq: u64) -> Option<usize> {
         let front = self.chunks.front()?;
-        let index = if seq < front.end() { 0 } else { self.chunks.partition_point(|chunk| chunk.end() <= seq) };
+        if seq < front.end() {
+            return (front.first() <= seq).then_some(0);
+        }
+        let index = self.chunks.partition_point(|chunk| chunk.end() <= seq);
         self.chunks.get(index).filter(|chunk| chunk.first() <= seq).map(|_| index)
     }
 
@@ -161,9 +164,9 @@ impl QueueLog {
                 None => return Peek::Empty,
             };
             let Some(index) = self.chunk_index(seq) else { return Peek::Absent(seq) };
-            // A record that is there and cannot be read counts as gone: looking for it in the store would never end.
-            if self.chunks[index].message(seq).is_some() {
-                // Looked up again: the borrow of a value returned from inside a loop would outlive the loop.
+            // A position without a record counts as gone: looking for it in the store would never end. What has one can be
+            // read: it was made here, or was read before it came in.
+            if self.chunks[index].contains(seq) {
                 return match self.chunks[index].message(seq) {
                     Some(message) => Peek::Ready { seq, redelivered, message },
                     None => Peek::Absent(seq),
@@ -173,6 +176,21 @@ impl QueueLog {
             self.consume(seq);
             *lost += 1;
         }
+    }
+
+    /// The messages at the cursor that are in memory side by side and were never handed out, as far as that is plain to see.
+    #[inline]
+    pub fn fresh_run(&self) -> impl Iterator<Item = Message<'_>> {
+        let is_plain = self.returned.is_empty() && !self.consumed_ahead;
+        let index = if is_plain { self.chunk_index(self.next) } else { None };
+        index.into_iter().flat_map(|index| self.chunks[index].messages(self.next))
+    }
+
+    /// Moves the cursor past `count` messages that [`QueueLog::fresh_run`] has just answered.
+    #[inline]
+    pub fn take_run(&mut self, count: usize) {
+        self.next += count as u64;
+        debug_assert!(self.next <= self.tail);
     }
 
     /// The returned message at `seq`, whatever is ready before it; `Empty` if it is not among the returned ones.
@@ -266,24 +284,45 @@ impl QueueLog {
     /// Ends a handed-out position.
     #[inline]
     pub fn consume(&mut self, seq: u64) {
-        if let Some(index) = self.chunk_index(seq) {
-            let last = index + 1 == self.chunks.len();
-            let chunk = &mut self.chunks[index];
-            let was_there = chunk.forget(seq);
-            // A chunk of absent positions only stays until the cursor has passed it.
-            if chunk.live == 0 && (was_there || seq + 1 == chunk.end()) {
-                let kept = last && chunk.end() == self.tail && chunk.restart(self.tail);
-                if !kept {
-                    self.chunks.remove(index);
-                }
+        self.consume_range(seq, seq + 1);
+    }
+
+    /// Ends the handed-out positions of `[start, end)`.
+    #[inline]
+    pub fn consume_range(&mut self, start: u64, end: u64) {
+        let mut at = start;
+        while at < end {
+            at = match self.chunk_index(at) {
+                Some(index) => self.forget_in(index, at, end),
+                None => self.resident_after(at).max(at + 1),
+            };
+        }
+        if start == self.head {
+            self.head = end;
+            self.advance_head();
+        } else if end - start == 1 {
+            self.consumed.insert(start);
+        } else {
+            self.consumed.insert_range(start, end);
+        }
+    }
+
+    /// Forgets the records of the chunk `index` in `[from, until)`, and with the last one the chunk. Answers the position after
+    /// them.
+    #[inline]
+    fn forget_in(&mut self, index: usize, from: u64, until: u64) -> u64 {
+        let last = index + 1 == self.chunks.len();
+        let chunk = &mut self.chunks[index];
+        let (end, until) = (chunk.end(), until.min(chunk.end()));
+        let was_there = chunk.forget_range(from, until);
+        // A chunk of absent positions only stays until the cursor has passed it.
+        if chunk.live == 0 && (was_there || until == end) {
+            let kept = last && end == self.tail && chunk.restart(self.tail);
+            if !kept {
+                self.chunks.remove(index);
             }
         }
-        if seq == self.head {
-            self.head += 1;
-            self.advance_head();
-        } else {
-            self.consumed.insert(seq);
-        }
+        until
     }
 
     #[inline]

@@ -43,6 +43,8 @@ use amq_protocol::types::FieldTable;
 use parking_lot::Mutex;
 
 pub use consumers::{Consumer, ConsumerId};
+#[doc(hidden)]
+pub use ranges::RangeSet;
 pub use record::SHARED_BODY_BYTES;
 pub use state::Counts;
 

@@ -32,10 +32,15 @@ impl RangeSet {
     /// Adds one position; answers whether it was new.
     #[inline]
     pub fn insert(&mut self, position: u64) -> bool {
-        if self.contains(position) {
-            return false;
+        // The range behind it is joined. There is none where the position is in the set: ranges do not touch.
+        let end = self.ranges.remove(&(position + 1)).unwrap_or(position + 1);
+        match self.ranges.range_mut(..=position).next_back() {
+            Some((_, until)) if position < *until => return false,
+            Some((_, until)) if position == *until => *until = end,
+            _ => {
+                self.ranges.insert(position, end);
+            }
         }
-        self.insert_range(position, position + 1);
         true
     }
 

@@ -10,7 +10,7 @@ use super::{
     checkouts::Checkouts,
     consumers::{ConsumerRing, Sharing},
     groups::{GroupKey, Groups, Parked},
-    lane::{HandedOut, Lane, Tally},
+    lane::{HandedOut, Lane, SettledRun, Tally},
     lanes::{Lanes, lane_position, queue_position},
     log::{Peek, QueueLog},
 };
@@ -331,10 +331,11 @@ impl QueueState {
     pub(super) fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) -> u32 {
         let is_plain = self.checkouts.is_none() && self.groups.is_none() && self.attempts.is_empty();
         if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
-            let mut bytes = 0;
-            for delivery in deliveries {
-                bytes += u64::from(delivery.body_bytes);
-                lane.consume(delivery.seq, delivery.body_bytes.into(), delivery.persistent);
+            let (mut rest, mut bytes) = (deliveries, 0);
+            while let Some((run, after)) = take_run(rest) {
+                bytes += run.body_bytes;
+                lane.consume_run(&run);
+                rest = after;
             }
             self.unacked.sub(deliveries.len() as u64, bytes);
             return 0;
@@ -449,6 +450,22 @@ impl QueueState {
     pub(super) fn log(&mut self, level: u8) -> &mut QueueLog {
         &mut self.lanes.at_level(level).log
     }
+}
+
+/// The deliveries at the front that follow each other in the log and are alike, and those behind them.
+#[inline]
+fn take_run(deliveries: &[Settled]) -> Option<(SettledRun, &[Settled])> {
+    let (first, mut rest) = deliveries.split_first()?;
+    let (mut end, mut body_bytes) = (first.seq + 1, u64::from(first.body_bytes));
+    while let Some((next, after)) = rest.split_first()
+        && next.seq == end
+        && next.persistent == first.persistent
+    {
+        end += 1;
+        body_bytes += u64::from(next.body_bytes);
+        rest = after;
+    }
+    Some((SettledRun { first: first.seq, end, body_bytes, durable: first.persistent }, rest))
 }
 
 /// Whether a message was dead-lettered after a failed delivery: it counts as redelivered from the start, as in RabbitMQ.

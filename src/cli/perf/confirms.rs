@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::meter::Latencies;
+use super::latencies::Recorder;
 
 /// Which publish sequence numbers are still unconfirmed, and since when.
 ///
@@ -19,13 +19,13 @@ pub(super) struct ConfirmLedger {
     pub(super) nacked: u64,
     /// Confirms for something that was not outstanding: a fault of the broker.
     pub(super) unexpected: u64,
-    pub(super) latencies: Latencies,
+    pub(super) latencies: Recorder,
 }
 
 const SETTLED: u64 = 0;
 
 impl ConfirmLedger {
-    pub(super) fn new(window: u64) -> Self {
+    pub(super) fn new(window: u64, latencies: Recorder) -> Self {
         Self {
             window,
             oldest: 1,
@@ -34,7 +34,7 @@ impl ConfirmLedger {
             acked: 0,
             nacked: 0,
             unexpected: 0,
-            latencies: Latencies::new(),
+            latencies,
         }
     }
 
@@ -88,13 +88,13 @@ impl ConfirmLedger {
                 continue;
             }
             if sent_ns != run_ns {
-                self.latencies.record(now_ns.saturating_sub(run_ns), run);
+                self.latencies.note(now_ns.saturating_sub(run_ns), run);
                 (run, run_ns) = (0, sent_ns);
             }
             run += 1;
             settled += 1;
         }
-        self.latencies.record(now_ns.saturating_sub(run_ns), run);
+        self.latencies.note(now_ns.saturating_sub(run_ns), run);
         self.drop_settled();
         settled
     }
@@ -103,7 +103,7 @@ impl ConfirmLedger {
         let index = usize::try_from(tag - self.oldest).unwrap_or(usize::MAX);
         match self.sent_ns.get_mut(index) {
             Some(sent_ns) if *sent_ns != SETTLED => {
-                self.latencies.record(now_ns.saturating_sub(*sent_ns), 1);
+                self.latencies.note(now_ns.saturating_sub(*sent_ns), 1);
                 *sent_ns = SETTLED;
                 self.drop_settled();
                 1
@@ -125,10 +125,15 @@ impl ConfirmLedger {
 
 #[cfg(test)]
 mod tests {
+    use super::super::latencies::LatencyPool;
     use super::*;
 
+    fn measured(ledger: &ConfirmLedger) -> u64 {
+        ledger.latencies.noted().iter().map(|(_, count)| count).sum()
+    }
+
     fn ledger(sent: u64) -> ConfirmLedger {
-        let mut ledger = ConfirmLedger::new(10);
+        let mut ledger = ConfirmLedger::new(10, LatencyPool::new(1).recorder(0));
         (0..sent).for_each(|index| ledger.on_sent(1_000 + index));
         ledger
     }
@@ -138,7 +143,7 @@ mod tests {
         let mut ledger = ledger(10);
         assert_eq!(ledger.free(), 0);
         ledger.on_confirm(4, true, true, 5_000);
-        assert_eq!((ledger.free(), ledger.acked, ledger.latencies.count()), (4, 4, 4));
+        assert_eq!((ledger.free(), ledger.acked, measured(&ledger)), (4, 4, 4));
         ledger.on_confirm(0, true, false, 5_000);
         assert_eq!((ledger.outstanding(), ledger.acked, ledger.nacked), (0, 4, 6));
         ledger.on_sent(6_000);
@@ -155,7 +160,7 @@ mod tests {
         assert_eq!(ledger.outstanding(), 2);
         ledger.on_confirm(4, true, true, 5_000);
         assert_eq!((ledger.outstanding(), ledger.acked, ledger.unexpected), (0, 5, 0));
-        assert_eq!(ledger.latencies.count(), 5);
+        assert_eq!(measured(&ledger), 5);
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! One blocking AMQP connection with one channel: handshake, calls, and what the broker says unasked.
 //!
 //! Reads and writes time out after [`POLL_INTERVAL`], so that whoever waits looks around ten times a second
-//! and no wait is without an end.
+//! and no wait is without an end. Where there are thousands of connections, once a second has to do
+//! ([`Connection::set_patience`]), for looking around costs CPU time.
 
 use std::io::{self, ErrorKind, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::error::PerfError;
@@ -17,15 +18,21 @@ use super::wire::{
 
 /// The one channel that each connection opens.
 pub(super) const CHANNEL: u16 = 1;
-/// Longest that a read or a write blocks.
+/// Longest that a read or a write blocks, unless there are many connections.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// With more connections than this, each one's reads block longer in proportion.
+const FEW_CONNECTIONS: usize = 200;
+const MAX_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Without any progress for so long, waiting ends.
 pub(super) const PROGRESS_LIMIT: Duration = Duration::from_secs(10);
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 /// The kernel doubles it for its own use.
 const SEND_BUFFER_BYTES: usize = 256 << 10;
+/// What the send buffers of all publishers may hold together before each gets a smaller one.
+const ALL_SEND_BUFFERS_BYTES: usize = 16 << 20;
+const MIN_SEND_BUFFER_BYTES: usize = 16 << 10;
 const MIN_FRAME_MAX_BYTES: u32 = 4096;
 const REPLY_SUCCESS: u16 = 200;
 
@@ -34,6 +41,7 @@ const REPLY_SUCCESS: u16 = 200;
 pub(super) struct Connection {
     stream: TcpStream,
     pub(super) reader: FrameReader,
+    patience: Duration,
     /// Largest frame to send, as agreed.
     pub(super) frame_max: usize,
 }
@@ -58,6 +66,14 @@ pub(super) enum Notice<'a> {
     Other,
 }
 
+/// A method to send, and the one that answers it.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) id: MethodId,
+    pub(super) arguments: Arguments,
+    pub(super) reply: MethodId,
+}
+
 impl Connection {
     /// Connects, logs in, opens the virtual host and a channel.
     ///
@@ -65,7 +81,8 @@ impl Connection {
     /// Whatever is in the way, within about [`PROGRESS_LIMIT`] per step.
     pub(super) fn open(uri: &Uri) -> Result<Self, PerfError> {
         let stream = connect(uri)?;
-        let mut connection = Self { stream, reader: FrameReader::new(), frame_max: MAX_FRAME_BYTES };
+        let mut connection =
+            Self { stream, reader: FrameReader::new(), patience: POLL_INTERVAL, frame_max: MAX_FRAME_BYTES };
         connection.send_all(&PROTOCOL_HEADER, "opening")?;
         connection.await_reply(method::CONNECTION_START)?;
         let tune = connection
@@ -83,11 +100,35 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Keeps what a publisher is ahead of the broker small: bytes in the kernel count as published.
-    pub(super) fn bound_send_buffer(&self) -> Result<(), PerfError> {
+    /// Where the broker listens, the one of its addresses that answered.
+    pub(super) fn peer_address(&self) -> Result<SocketAddr, PerfError> {
+        self.stream.peer_addr().map_err(|source| PerfError::Io { during: "setting up", source })
+    }
+
+    /// Keeps what `publishers` are ahead of the broker small: bytes in the kernel count as published.
+    pub(super) fn bound_send_buffer(&self, publishers: usize) -> Result<(), PerfError> {
+        let bytes = (ALL_SEND_BUFFERS_BYTES / publishers.max(1)).clamp(MIN_SEND_BUFFER_BYTES, SEND_BUFFER_BYTES);
         socket2::SockRef::from(&self.stream)
-            .set_send_buffer_size(SEND_BUFFER_BYTES)
+            .set_send_buffer_size(bytes)
             .map_err(|source| PerfError::Io { during: "setting up", source })
+    }
+
+    /// Lets reads block longer, as one of `connections`.
+    pub(super) fn set_patience(&mut self, connections: usize) -> Result<(), PerfError> {
+        self.patience = patience_of(connections);
+        self.stream
+            .set_read_timeout(Some(self.patience))
+            .map_err(|source| PerfError::Io { during: "setting up", source })
+    }
+
+    /// How long [`Self::read`] blocks at most.
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// The socket, to wait for its input together with others.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 
     /// Accepts the broker's limits as far as ours allow, without heartbeats.
@@ -106,6 +147,16 @@ impl Connection {
     /// Sends a method on the channel and waits for its reply, whose arguments it returns.
     pub(super) fn call(&mut self, id: MethodId, arguments: &Arguments, reply: MethodId) -> Result<Vec<u8>, PerfError> {
         self.call_on(CHANNEL, id, arguments, reply)
+    }
+
+    /// Sends many methods on the channel at once and waits for their replies, whose arguments it returns.
+    ///
+    /// The replies of one call have to fit into the sockets' buffers: a few hundred do.
+    pub(super) fn call_all(&mut self, calls: &[Call]) -> Result<Vec<Vec<u8>>, PerfError> {
+        let mut frames = Vec::new();
+        calls.iter().for_each(|call| wire::append_method(&mut frames, CHANNEL, call.id, &call.arguments));
+        self.send_all(&frames, "asking the broker")?;
+        calls.iter().map(|call| self.await_reply(call.reply)).collect()
     }
 
     fn call_on(
@@ -142,7 +193,7 @@ impl Connection {
         }
     }
 
-    /// Reads once, for up to [`POLL_INTERVAL`]; says whether anything came.
+    /// Reads once, for up to [`Self::patience`]; says whether anything came.
     ///
     /// # Errors
     /// [`PerfError::Disconnected`] at the end of the stream.
@@ -157,7 +208,7 @@ impl Connection {
 
     /// Like [`Self::read`], but waits at most `timeout`, to the microsecond.
     pub(super) fn read_within(&mut self, timeout: Duration, during: &'static str) -> Result<bool, PerfError> {
-        let timeout = timeout.min(POLL_INTERVAL);
+        let timeout = timeout.min(self.patience);
         match posix::wait_readable(self.stream.as_fd(), timeout) {
             Ok(true) => self.read(during),
             Ok(false) => Ok(false),
@@ -285,7 +336,12 @@ pub(super) fn notice(id: MethodId, arguments: &[u8]) -> Result<Notice<'_>, PerfE
     })
 }
 
-fn is_not_yet(error: &io::Error) -> bool {
+fn patience_of(connections: usize) -> Duration {
+    let times = u32::try_from(connections.div_ceil(FEW_CONNECTIONS)).unwrap_or(u32::MAX).max(1);
+    POLL_INTERVAL.saturating_mul(times).min(MAX_POLL_INTERVAL)
+}
+
+pub(super) fn is_not_yet(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted)
 }
 
@@ -303,14 +359,14 @@ fn connect(uri: &Uri) -> Result<TcpStream, PerfError> {
     Err(failed(last))
 }
 
-fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
+pub(super) fn prepare(stream: TcpStream) -> io::Result<TcpStream> {
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(POLL_INTERVAL))?;
     stream.set_write_timeout(Some(POLL_INTERVAL))?;
     Ok(stream)
 }
 
-fn start_ok(uri: &Uri) -> Arguments {
+pub(super) fn start_ok(uri: &Uri) -> Arguments {
     let true_field = |key: &str| Arguments::new().short_string(key).octet(b't').octet(1);
     let capabilities = [
         "authentication_failure_close",
@@ -343,6 +399,11 @@ mod tests {
             Err(PerfError::ConnectionClosed { code: 404, .. })
         ));
         assert!(matches!(notice(method::CONNECTION_CLOSE, &[1]), Err(PerfError::Wire(WireError::Truncated(_)))));
+    }
+
+    #[test]
+    fn many_connections_look_around_less_often() {
+        assert_eq!([0, 2, 200, 400, 5_000].map(|count| patience_of(count).as_millis()), [100, 100, 100, 200, 1_000]);
     }
 
     #[test]

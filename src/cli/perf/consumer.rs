@@ -1,19 +1,28 @@
 //! One consumer: a thread that reads deliveries in large blocks, checks, counts and acknowledges them.
+//!
+//! A consumer that works on each message, or asks for each one, takes them one by one instead.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use super::connection::{CHANNEL, Connection, Notice, notice};
+use super::connection::{CHANNEL, Connection, PROGRESS_LIMIT};
 use super::error::PerfError;
-use super::message_block::sending_ns;
-use super::meter::{Control, Latencies, Meter};
+use super::fields;
+use super::intake::Intake;
+use super::latencies::Recorder;
+use super::meter::{Control, Meter};
 use super::options::Plan;
-use super::posix::monotonic_ns;
+use super::posix::{self, monotonic_ns};
 use super::topology;
-use super::wire::{self, Arguments, Frame, WireError, method};
+use super::wire::{self, Arguments, method};
 
 /// Short, as it comes back with every delivery.
 const CONSUMER_TAG: &str = "c";
 const CONSUME_NO_ACK: u8 = 1 << 1;
+const GET_NO_ACK: u8 = 1;
+/// A long work on a message is done in pieces, between which the consumer looks whether it is to stop.
+const WORK_PIECE: Duration = Duration::from_millis(100);
 
 /// A consumer whose connection is ready and whose deliveries may be on their way.
 #[derive(Debug)]
@@ -24,6 +33,9 @@ pub(super) struct Consumer {
     /// Stop by itself after so many.
     message_count: Option<u64>,
     delivered: u64,
+    acknowledges: bool,
+    work: Duration,
+    polling_interval: Option<Duration>,
     meter: Arc<Meter>,
     control: Arc<Control>,
 }
@@ -31,34 +43,41 @@ pub(super) struct Consumer {
 /// How a consumer ended.
 #[derive(Debug)]
 pub(super) struct ConsumerOutcome {
-    pub(super) latencies: Latencies,
     pub(super) redelivered: u64,
     pub(super) wrong_size: u64,
+    pub(super) rejected: u64,
+    /// Gets that found the queue empty.
+    pub(super) empty_gets: u64,
     pub(super) error: Option<PerfError>,
 }
 
 impl Consumer {
-    /// Connects consumer `index` of the plan and starts its deliveries.
-    pub(super) fn open(plan: &Plan, index: usize, control: &Arc<Control>) -> Result<Self, PerfError> {
+    /// Connects consumer `index` of the plan and, unless it polls, starts its deliveries.
+    pub(super) fn open(
+        plan: &Plan,
+        index: usize,
+        control: &Arc<Control>,
+        latencies: Recorder,
+    ) -> Result<Self, PerfError> {
         let mut connection = Connection::open(&plan.uri)?;
-        let queue = plan.queue_of(index);
+        let queue = plan.queue_of(index).to_owned();
         if plan.queues.exclusive {
-            topology::declare(&mut connection, plan, queue)?;
+            topology::declare(&mut connection, plan, std::slice::from_ref(&queue))?;
         }
-        if plan.prefetch > 0 {
-            let qos = Arguments::new().long(0).short(plan.prefetch).octet(0);
-            connection.call(method::BASIC_QOS, &qos, method::BASIC_QOS_OK)?;
+        let consuming = &plan.consuming;
+        if consuming.polling_interval.is_none() {
+            subscribe(&mut connection, plan, &queue)?;
         }
-        let flags = if plan.ack_batch == 0 { CONSUME_NO_ACK } else { 0 };
-        let consume =
-            Arguments::new().short(0).short_string(queue).short_string(CONSUMER_TAG).octet(flags).empty_table();
-        connection.call(method::BASIC_CONSUME, &consume, method::BASIC_CONSUME_OK)?;
+        connection.set_patience(plan.worker_count())?;
         Ok(Self {
             connection,
-            intake: Intake { run_start_ns: monotonic_ns(), ..Intake::new(plan) },
-            queue: queue.to_owned(),
-            message_count: plan.limit.message_count.filter(|_| plan.publisher_count == 0),
+            intake: Intake::new(plan, monotonic_ns(), latencies),
+            queue,
+            message_count: plan.limit_of(index).message_count.filter(|_| plan.publisher_count == 0),
             delivered: 0,
+            acknowledges: consuming.ack_batch > 0,
+            work: consuming.work,
+            polling_interval: consuming.polling_interval,
             meter: Arc::default(),
             control: control.clone(),
         })
@@ -70,47 +89,155 @@ impl Consumer {
 
     /// Consumes until it is stopped or has its fill, acknowledges the rest, and takes leave.
     pub(super) fn run(mut self) -> ConsumerOutcome {
-        let consumed = self.consume();
+        if self.polling_interval.is_some() || !self.work.is_zero() {
+            posix::use_precise_timers();
+        }
+        let consumed = match self.polling_interval {
+            Some(interval) => self.poll(interval),
+            None => self.consume(),
+        };
+        self.end(consumed)
+    }
+
+    /// Takes leave, unless the run was aborted, and hands in the accounts.
+    pub(super) fn end(mut self, consumed: Result<(), PerfError>) -> ConsumerOutcome {
+        self.intake.latencies.hand_over();
         self.meter.finish();
         let error = self.connection.finish_after(consumed, self.control.is_aborted());
         ConsumerOutcome {
-            latencies: self.intake.latencies,
             redelivered: self.intake.redelivered,
             wrong_size: self.intake.wrong_size,
+            rejected: self.intake.acks.nacked,
+            empty_gets: self.intake.empties,
             error,
         }
     }
 
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// For one that shares its thread: reads once, and takes in all that is there.
+    pub(super) fn take_in(&mut self) -> Result<(), PerfError> {
+        self.connection.read("consuming")?;
+        self.take_block()
+    }
+
+    fn is_over(&self) -> bool {
+        self.control.consumers_stopped() || self.has_its_fill()
+    }
+
+    pub(super) fn has_its_fill(&self) -> bool {
+        self.message_count.is_some_and(|count| self.delivered >= count)
+    }
+
     fn consume(&mut self) -> Result<(), PerfError> {
         loop {
-            self.take_block()?;
-            if self.control.consumers_stopped() || self.message_count.is_some_and(|count| self.delivered >= count) {
-                self.intake.acks.flush();
-                return self.send_acks();
+            if self.work.is_zero() {
+                self.take_block()?;
+            } else {
+                self.work_through()?;
+            }
+            if self.is_over() {
+                return self.send_last_acks();
             }
             if !self.connection.read("consuming")? {
-                self.intake.acks.flush(); // idle: the last, partial batch
-                self.send_acks()?;
+                self.send_last_acks()?; // idle: the last, partial batch
             }
         }
     }
 
     /// Takes in the deliveries of one read, and sends their acks in one write.
-    fn take_block(&mut self) -> Result<(), PerfError> {
+    pub(super) fn take_block(&mut self) -> Result<(), PerfError> {
         let now = monotonic_ns();
         self.intake.sampled = false;
         while let Some(frame) = self.connection.reader.next_frame()? {
-            match self.intake.on_frame(&frame, now) {
-                Ok(()) => {}
-                Err(PerfError::Cancelled { .. }) => return Err(PerfError::Cancelled { queue: self.queue.clone() }),
-                Err(error) => return Err(error),
+            self.intake.on_frame(&frame, now).map_err(|error| name_queue(error, &self.queue))?;
+        }
+        self.count_delivered(now);
+        self.send_acks()
+    }
+
+    /// Works on the deliveries of one read, and acknowledges each batch when it is done.
+    fn work_through(&mut self) -> Result<(), PerfError> {
+        while !self.is_over()
+            && let Some(frame) = self.connection.reader.next_frame()?
+        {
+            let (now, had_nacked) = (monotonic_ns(), self.intake.acks.nacked);
+            self.intake.on_frame(&frame, now).map_err(|error| name_queue(error, &self.queue))?;
+            let is_complete = self.count_delivered(now) > 0 || self.intake.acks.nacked > had_nacked;
+            if is_complete {
+                self.work();
+                self.send_acks()?;
             }
         }
+        self.send_acks()
+    }
+
+    /// Tells meter and recorder of the messages that are complete; returns how many there were.
+    fn count_delivered(&mut self, now_ns: u64) -> u64 {
         let count = std::mem::take(&mut self.intake.delivered);
         if count > 0 {
             self.delivered += count;
-            self.meter.on_messages(count, now, now);
+            self.meter.on_messages(count, now_ns, now_ns);
         }
+        self.intake.latencies.hand_over();
+        count
+    }
+
+    fn work(&self) {
+        let done = Instant::now() + self.work;
+        while !self.control.is_aborted() {
+            let left = done.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            thread::sleep(left.min(WORK_PIECE));
+        }
+    }
+
+    /// Asks for one message after the other.
+    fn poll(&mut self, interval: Duration) -> Result<(), PerfError> {
+        let flags = if self.acknowledges { 0 } else { GET_NO_ACK };
+        let get = Arguments::new().short(0).short_string(&self.queue).octet(flags);
+        while !self.is_over() {
+            // Acks travel in front of the next request, in the same write.
+            wire::append_method(&mut self.intake.acks.frames, CHANNEL, method::BASIC_GET, &get);
+            self.send_acks()?;
+            if self.await_message()? {
+                self.work();
+            } else {
+                self.send_last_acks()?;
+                thread::sleep(interval);
+            }
+        }
+        self.send_last_acks()
+    }
+
+    /// Waits for the answer to a get; says whether it was a message.
+    fn await_message(&mut self) -> Result<bool, PerfError> {
+        let (empties, nacked) = (self.intake.empties, self.intake.acks.nacked);
+        let asked = Instant::now();
+        loop {
+            while let Some(frame) = self.connection.reader.next_frame()? {
+                let now = monotonic_ns();
+                self.intake.on_frame(&frame, now)?;
+                if self.count_delivered(now) > 0 || self.intake.acks.nacked > nacked {
+                    return Ok(true);
+                }
+                if self.intake.empties > empties {
+                    return Ok(false);
+                }
+            }
+            if !self.connection.read("polling")? && (asked.elapsed() > PROGRESS_LIMIT || self.control.is_aborted()) {
+                return Err(PerfError::Stalled { during: "polling", seconds: asked.elapsed().as_secs() });
+            }
+        }
+    }
+
+    /// Acknowledges what is not yet, full batch or not.
+    pub(super) fn send_last_acks(&mut self) -> Result<(), PerfError> {
+        self.intake.acks.flush();
         self.send_acks()
     }
 
@@ -124,255 +251,21 @@ impl Consumer {
     }
 }
 
-/// Puts deliveries together and measures them.
-#[derive(Debug)]
-struct Intake {
-    acks: Acks,
-    /// `None`: bodies of any size, for they may be another program's.
-    expected_size: Option<u64>,
-    /// Older stamps are another run's.
-    run_start_ns: u64,
-    /// Measure every message instead of the first of each read, which is the oldest.
-    measure_all: bool,
-    /// The current read has its measured message.
-    sampled: bool,
-    tag: u64,
-    body_left: u64,
-    stamp: Stamp,
-    /// Since the caller last took the number.
-    delivered: u64,
-    redelivered: u64,
-    wrong_size: u64,
-    latencies: Latencies,
+fn subscribe(connection: &mut Connection, plan: &Plan, queue: &str) -> Result<(), PerfError> {
+    let consuming = &plan.consuming;
+    if consuming.prefetch > 0 {
+        let qos = Arguments::new().long(0).short(consuming.prefetch).octet(0);
+        connection.call(method::BASIC_QOS, &qos, method::BASIC_QOS_OK)?;
+    }
+    let flags = if consuming.ack_batch == 0 { CONSUME_NO_ACK } else { 0 };
+    let consume = Arguments::new().short(0).short_string(queue).short_string(CONSUMER_TAG).octet(flags);
+    let consume = fields::table(consume, &consuming.arguments);
+    connection.call(method::BASIC_CONSUME, &consume, method::BASIC_CONSUME_OK).map(drop)
 }
 
-/// The time stamp of the message that is arriving.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stamp {
-    /// Its first body frame is yet to come.
-    Awaited,
-    Absent,
-    SentAt(u64),
-}
-
-impl Intake {
-    fn new(plan: &Plan) -> Self {
-        Self {
-            acks: Acks { batch: plan.ack_batch, unacked: 0, last_tag: 0, frames: Vec::new() },
-            expected_size: (plan.publisher_count > 0).then(|| u64::try_from(plan.size_bytes).unwrap_or(u64::MAX)),
-            run_start_ns: 0,
-            measure_all: plan.rate_per_second.is_some() || plan.publisher_count == 0,
-            sampled: false,
-            tag: 0,
-            body_left: 0,
-            stamp: Stamp::Absent,
-            delivered: 0,
-            redelivered: 0,
-            wrong_size: 0,
-            latencies: Latencies::new(),
-        }
-    }
-
-    /// Hot path: three calls per message. No clock, no allocation except for acks.
-    #[inline]
-    fn on_frame(&mut self, frame: &Frame<'_>, now_ns: u64) -> Result<(), PerfError> {
-        match frame {
-            Frame::Method { id: method::BASIC_DELIVER, arguments, .. } => {
-                let (tag, redelivered) = delivery(arguments).ok_or(WireError::Truncated("basic.deliver"))?;
-                self.tag = tag;
-                self.redelivered += u64::from(redelivered);
-            }
-            Frame::Header { body_size } => {
-                self.wrong_size += u64::from(self.expected_size.is_some_and(|expected| expected != *body_size));
-                self.body_left = *body_size;
-                self.stamp = Stamp::Awaited;
-                if *body_size == 0 {
-                    self.on_message(now_ns);
-                }
-            }
-            Frame::Body { payload } => {
-                if self.stamp == Stamp::Awaited {
-                    self.stamp = sending_ns(payload).map_or(Stamp::Absent, Stamp::SentAt);
-                }
-                let length = payload.len() as u64;
-                self.body_left = self.body_left.checked_sub(length).ok_or(WireError::Unexpected("body bytes"))?;
-                if self.body_left == 0 {
-                    self.on_message(now_ns);
-                }
-            }
-            Frame::Method { id, arguments, .. } => self.on_notice(&notice(*id, arguments)?)?,
-            Frame::Heartbeat => {}
-        }
-        Ok(())
-    }
-
-    /// A message is complete.
-    #[inline]
-    fn on_message(&mut self, now_ns: u64) {
-        self.delivered += 1;
-        if let Stamp::SentAt(sent_ns) = self.stamp
-            && (self.measure_all || !self.sampled)
-            && (self.run_start_ns..=now_ns).contains(&sent_ns)
-        {
-            self.sampled = true;
-            self.latencies.record(now_ns - sent_ns, 1);
-        }
-        self.acks.on_delivery(self.tag);
-    }
-
-    fn on_notice(&mut self, notice: &Notice<'_>) -> Result<(), PerfError> {
-        match notice {
-            Notice::Cancelled => Err(PerfError::Cancelled { queue: String::new() }),
-            Notice::Flow { active } => {
-                let answer = Arguments::new().octet(u8::from(*active));
-                wire::append_method(&mut self.acks.frames, CHANNEL, method::CHANNEL_FLOW_OK, &answer);
-                Ok(())
-            }
-            Notice::Blocked { .. } | Notice::Unblocked | Notice::Confirm { .. } | Notice::Other => Ok(()),
-        }
-    }
-}
-
-/// Delivery tag and redelivered flag of a `basic.deliver`.
-#[inline]
-fn delivery(arguments: &[u8]) -> Option<(u64, bool)> {
-    let (&tag_length, rest) = arguments.split_first()?;
-    let (tag, rest) = rest.get(usize::from(tag_length)..)?.split_first_chunk()?;
-    Some((u64::from_be_bytes(*tag), rest.first()? & 1 != 0))
-}
-
-/// Acknowledgements on their way out.
-#[derive(Debug)]
-struct Acks {
-    /// 0: none are owed.
-    batch: u32,
-    unacked: u32,
-    last_tag: u64,
-    frames: Vec<u8>,
-}
-
-impl Acks {
-    #[inline]
-    fn on_delivery(&mut self, tag: u64) {
-        if self.batch == 0 {
-            return;
-        }
-        self.last_tag = tag;
-        self.unacked += 1;
-        if self.unacked >= self.batch {
-            self.flush();
-        }
-    }
-
-    /// Acknowledges what is not yet, full batch or not.
-    fn flush(&mut self) {
-        if self.unacked > 0 {
-            wire::append_ack(&mut self.frames, CHANNEL, self.last_tag, self.unacked > 1);
-            self.unacked = 0;
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::super::options::PerfArgs;
-    use super::super::wire::FrameReader;
-    use super::*;
-
-    #[derive(Parser)]
-    struct CommandLine {
-        #[command(flatten)]
-        perf: PerfArgs,
-    }
-
-    fn intake(options: &str) -> Intake {
-        let words = std::iter::once("perf").chain(options.split_whitespace());
-        let plan = CommandLine::try_parse_from(words).expect(options).perf.into_plan().expect(options);
-        Intake::new(&plan)
-    }
-
-    fn append_delivery(out: &mut Vec<u8>, tag: u64, redelivered: bool, body: &[u8]) {
-        let deliver =
-            [Arguments::new().short_string(CONSUMER_TAG).as_bytes(), &tag.to_be_bytes(), &[redelivered.into()]]
-                .concat();
-        let mut frame = vec![1, 0, 1];
-        let names = Arguments::new().short_string("").short_string("q");
-        frame.extend((4 + u32::try_from(deliver.len() + names.as_bytes().len()).expect("small")).to_be_bytes());
-        frame.extend([0, 60, 0, 60]);
-        frame.extend(deliver);
-        frame.extend(names.as_bytes());
-        frame.push(0xCE);
-        out.extend(frame);
-        wire::append_content(out, CHANNEL, body, false, 20);
-    }
-
-    fn feed(intake: &mut Intake, mut bytes: &[u8], now_ns: u64) -> Result<(), PerfError> {
-        let mut reader = FrameReader::new();
-        reader.fill(&mut bytes).expect("slice");
-        while let Some(frame) = reader.next_frame().expect("valid") {
-            intake.on_frame(&frame, now_ns)?;
-        }
-        Ok(())
-    }
-
-    fn body(stamp: u64, length: usize) -> Vec<u8> {
-        let mut body = stamp.to_le_bytes().to_vec();
-        body.resize(length, 0);
-        body
-    }
-
-    #[test]
-    fn a_message_counts_when_its_last_body_frame_is_in() {
-        let mut intake = intake("--size 30 --rate 1");
-        let mut bytes = Vec::new();
-        append_delivery(&mut bytes, 1, true, &body(500, 30));
-        append_delivery(&mut bytes, 2, false, &body(600, 16));
-        append_delivery(&mut bytes, 3, false, &[]);
-        feed(&mut intake, &bytes, 1_000).expect("valid");
-        assert_eq!((intake.delivered, intake.redelivered, intake.wrong_size), (3, 1, 2));
-        assert_eq!(intake.latencies.count(), 2);
-    }
-
-    #[test]
-    fn unpaced_only_the_first_of_a_read_is_measured_and_no_stamp_of_another_run() {
-        let mut intake = intake("");
-        intake.run_start_ns = 100;
-        let mut bytes = Vec::new();
-        for (tag, stamp) in [(1, 99), (2, 2_000), (3, 400), (4, 500)] {
-            append_delivery(&mut bytes, tag, false, &body(stamp, 16));
-        }
-        feed(&mut intake, &bytes, 1_000).expect("valid");
-        assert_eq!((intake.delivered, intake.latencies.count()), (4, 1));
-        assert!(intake.latencies.max_ns().abs_diff(600) < 64);
-    }
-
-    #[test]
-    fn acks_cover_full_batches_and_the_rest_when_flushed() {
-        let mut acks = Acks { batch: 2, unacked: 0, last_tag: 0, frames: Vec::new() };
-        (1..=5).for_each(|tag| acks.on_delivery(tag));
-        acks.flush();
-        acks.flush();
-        let mut expected = Vec::new();
-        wire::append_ack(&mut expected, CHANNEL, 2, true);
-        wire::append_ack(&mut expected, CHANNEL, 4, true);
-        wire::append_ack(&mut expected, CHANNEL, 5, false);
-        assert_eq!(acks.frames, expected);
-        let mut none = Acks { batch: 0, unacked: 0, last_tag: 0, frames: Vec::new() };
-        none.on_delivery(1);
-        none.flush();
-        assert!(none.frames.is_empty());
-    }
-
-    #[test]
-    fn nonsense_is_an_error_and_not_a_panic() {
-        let on = |frame: Frame<'_>| intake("").on_frame(&frame, 1).expect_err("refused");
-        let deliver = |arguments| Frame::Method { channel: 1, id: method::BASIC_DELIVER, arguments };
-        assert!(matches!(on(deliver(&[])), PerfError::Wire(_)));
-        assert!(matches!(on(deliver(&[200, 0, 0])), PerfError::Wire(_)));
-        assert!(matches!(on(Frame::Body { payload: b"x" }), PerfError::Wire(_)));
-        let cancel = Frame::Method { channel: 1, id: method::BASIC_CANCEL, arguments: &[1, b'c', 0] };
-        assert!(matches!(on(cancel), PerfError::Cancelled { .. }));
+fn name_queue(error: PerfError, queue: &str) -> PerfError {
+    match error {
+        PerfError::Cancelled { .. } => PerfError::Cancelled { queue: queue.to_owned() },
+        error => error,
     }
 }

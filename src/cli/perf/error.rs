@@ -1,6 +1,7 @@
 //! What can end a load run, in words for the person who started it.
 
 use std::io;
+use std::net::SocketAddr;
 
 use super::wire::WireError;
 
@@ -13,6 +14,9 @@ pub enum PerfError {
     /// No address of the host accepted a connection.
     #[error("cannot connect to {address}: {source}")]
     Connect { address: String, source: io::Error },
+    /// The floor's address is taken or not this machine's.
+    #[error("cannot listen on {address}: {source}; choose another one with --listen")]
+    Listen { address: SocketAddr, source: io::Error },
     /// A socket failed while it was in use.
     #[error("connection failed while {during}: {source}")]
     Io { during: &'static str, source: io::Error },

@@ -38,6 +38,14 @@ impl Latencies {
         }
     }
 
+    pub(super) fn clear(&mut self) {
+        if let Some(histogram) = &mut self.histogram
+            && !histogram.is_empty()
+        {
+            histogram.reset();
+        }
+    }
+
     pub(super) fn count(&self) -> u64 {
         self.histogram.as_ref().map_or(0, Histogram::len)
     }
@@ -60,6 +68,9 @@ pub(super) struct Meter {
     /// Published or delivered.
     messages: AtomicU64,
     confirmed: AtomicU64,
+    /// Nacked by the broker, or returned.
+    refused: AtomicU64,
+    blocked: AtomicBool,
     /// 0 before the first message.
     first_ns: AtomicU64,
     last_ns: AtomicU64,
@@ -81,6 +92,14 @@ impl Meter {
         self.confirmed.store(count, Ordering::Relaxed);
     }
 
+    pub(super) fn set_refused(&self, count: u64) {
+        self.refused.store(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_blocked(&self, blocked: bool) {
+        self.blocked.store(blocked, Ordering::Relaxed);
+    }
+
     /// Says that the worker will count no more messages.
     pub(super) fn finish(&self) {
         self.done.store(true, Ordering::Release);
@@ -96,6 +115,9 @@ impl Meter {
 pub(super) struct Total {
     pub(super) messages: u64,
     pub(super) confirmed: u64,
+    pub(super) refused: u64,
+    /// Workers that the broker keeps from publishing at the moment.
+    pub(super) blocked: u64,
     /// From the first message of any worker to the last one of any; `None` before the first.
     pub(super) active_ns: Option<(u64, u64)>,
 }
@@ -113,9 +135,23 @@ impl Total {
             Self {
                 messages: sum.messages + messages,
                 confirmed: sum.confirmed + meter.confirmed.load(Ordering::Relaxed),
+                refused: sum.refused + meter.refused.load(Ordering::Relaxed),
+                blocked: sum.blocked + u64::from(meter.blocked.load(Ordering::Relaxed)),
                 active_ns,
             }
         })
+    }
+
+    /// What was added since `earlier`, which was taken at `at_ns`.
+    pub(super) fn since(&self, earlier: &Self, at_ns: u64) -> Self {
+        let messages = self.messages.saturating_sub(earlier.messages);
+        Self {
+            messages,
+            confirmed: self.confirmed.saturating_sub(earlier.confirmed),
+            refused: self.refused.saturating_sub(earlier.refused),
+            blocked: self.blocked,
+            active_ns: self.active_ns.filter(|_| messages > 0).map(|(first, last)| (first.max(at_ns), last)),
+        }
     }
 
     /// Length of the active window; 0 if there is none.
@@ -128,6 +164,7 @@ impl Total {
 #[derive(Debug, Default)]
 pub(super) struct Control {
     aborted: AtomicBool,
+    blocking_told: AtomicBool,
     consumers_stopped: AtomicBool,
 }
 
@@ -140,6 +177,11 @@ impl Control {
 
     pub(super) fn is_aborted(&self) -> bool {
         self.aborted.load(Ordering::Relaxed)
+    }
+
+    /// Whether the caller is the first to tell that the broker blocks publishers.
+    pub(super) fn is_first_to_tell(&self) -> bool {
+        !self.blocking_told.swap(true, Ordering::Relaxed)
     }
 
     pub(super) fn stop_consumers(&self) {
@@ -167,14 +209,14 @@ mod tests {
     }
 
     #[test]
-    fn latencies_of_workers_add_up_and_outliers_count_as_the_longest() {
-        let (mut one, mut other) = (Latencies::new(), Latencies::new());
-        one.record(100_000, 98);
-        other.record(u64::MAX, 1);
-        other.record(0, 1);
-        one.add(&other);
-        assert_eq!(one.count(), 100);
-        assert!(one.at_quantile_ns(0.5).abs_diff(100_000) < 200);
-        assert!(one.max_ns() >= HIGHEST_NS);
+    fn what_came_after_the_warm_up_has_a_window_of_its_own() {
+        let meters = [Meter::default()];
+        meters[0].on_messages(5, 1_000, 2_000);
+        let earlier = Total::of(&meters);
+        assert_eq!(Total::of(&meters).since(&earlier, 3_000), Total::default());
+        meters[0].on_messages(2, 4_000, 5_000);
+        meters[0].set_confirmed(4);
+        let later = Total::of(&meters).since(&earlier, 3_000);
+        assert_eq!((later.messages, later.confirmed, later.active_ns), (2, 4, Some((3_000, 5_000))));
     }
 }

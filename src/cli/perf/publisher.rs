@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::confirms::ConfirmLedger;
-use super::connection::{CHANNEL, Connection, Notice, POLL_INTERVAL, PROGRESS_LIMIT, notice};
+use super::connection::{CHANNEL, Connection, PROGRESS_LIMIT};
 use super::error::PerfError;
-use super::message_block::{MessageBlock, MessageShape};
+use super::inbox::Inbox;
+use super::latencies::Recorder;
+use super::message_block::{self, Filling, MessageBlock, MessageShape};
 use super::meter::{Control, Meter};
 use super::options::{Limit, Plan};
+use super::pace::Pace;
 use super::posix::{self, monotonic_ns};
-use super::wire::{self, Arguments, Frame, method};
+use super::wire::{self, Arguments, method};
 
 /// A broker that said it is blocked may keep a publisher waiting for longer.
 const BLOCKED_LIMIT: Duration = Duration::from_secs(60);
@@ -31,6 +34,12 @@ pub(super) struct Publisher {
     rate_per_second: Option<f64>,
     /// Where in the interval between two messages this publisher has its turn, from 0 to 1.
     phase: f64,
+    /// When messages are due; `None` for as fast as it goes. Set when publishing begins, as is the next one.
+    pace: Option<Pace>,
+    deadline_ns: u64,
+    transactions: Option<Transactions>,
+    /// Messages may be returned, and no confirm or commit tells when all are.
+    awaits_returns: bool,
     sent: u64,
     last_write_ns: u64,
     /// The last time that anything went out or came in, or nothing had to.
@@ -43,9 +52,32 @@ pub(super) struct Publisher {
 #[derive(Debug)]
 pub(super) struct PublisherOutcome {
     pub(super) confirms: Option<ConfirmLedger>,
+    pub(super) commits: u64,
+    pub(super) returned: u64,
     pub(super) blocked_count: u64,
     pub(super) blocked_ns: u64,
     pub(super) error: Option<PerfError>,
+}
+
+/// A publisher that commits every so many messages.
+#[derive(Debug)]
+struct Transactions {
+    /// Messages per transaction.
+    size: u64,
+    /// Messages of the current one.
+    open: u64,
+    committed: u64,
+    latencies: Recorder,
+}
+
+/// What a publisher that shares its thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// This moment, or input.
+    Until(u64),
+    Input,
+    /// It has published everything.
+    End,
 }
 
 /// What to do next.
@@ -53,36 +85,44 @@ enum Turn {
     Send(u64),
     /// Nothing may be sent yet; the broker's words may change that.
     Listen,
+    /// The transaction is full.
+    Commit,
     /// Nothing is due for so long.
     Rest(Duration),
     Finished,
 }
 
 impl Publisher {
-    /// Connects publisher `index` of the plan.
-    pub(super) fn open(plan: &Plan, index: usize, control: &Arc<Control>) -> Result<Self, PerfError> {
+    /// Connects publisher `index` of the plan. `latencies` are those of its confirms or commits.
+    pub(super) fn open(
+        plan: &Plan,
+        index: usize,
+        control: &Arc<Control>,
+        latencies: Recorder,
+    ) -> Result<Self, PerfError> {
         let mut connection = Connection::open(&plan.uri)?;
-        if plan.confirm_window.is_some() {
+        let (mut ledger, mut transactions) = (None, None);
+        if let Some(window) = plan.confirm_window {
             connection.call(method::CONFIRM_SELECT, &Arguments::new().octet(0), method::CONFIRM_SELECT_OK)?;
+            ledger = Some(ConfirmLedger::new(window, latencies));
+        } else if let Some(size) = plan.tx {
+            connection.call(method::TX_SELECT, &Arguments::new(), method::TX_SELECT_OK)?;
+            transactions = Some(Transactions { size, open: 0, committed: 0, latencies });
         }
-        connection.bound_send_buffer()?;
-        let shape = MessageShape {
-            channel: CHANNEL,
-            exchange: &plan.exchange,
-            routing_key: plan.routing_key_of(plan.queue_of(index)),
-            size_bytes: plan.size_bytes,
-            persistent: plan.persistent,
-            frame_max: connection.frame_max,
-        };
-        let bounds = [plan.confirm_window, plan.limit.message_count, plan.batch];
-        let most = bounds.into_iter().flatten().min().unwrap_or(u64::MAX);
+        connection.bound_send_buffer(plan.publisher_count)?;
+        connection.set_patience(plan.worker_count())?;
+        let limit = plan.limit_of(index);
         Ok(Self {
-            block: MessageBlock::new(&shape, most),
+            block: block(plan, index, limit, connection.frame_max),
             connection,
-            inbox: Inbox::new(plan.confirm_window),
-            limit: plan.limit,
+            limit,
             rate_per_second: plan.rate_per_second,
             phase: index as f64 / plan.publisher_count as f64,
+            pace: None,
+            deadline_ns: u64::MAX,
+            awaits_returns: plan.messages.mandatory && ledger.is_none() && transactions.is_none(),
+            inbox: Inbox::new(ledger),
+            transactions,
             sent: 0,
             last_write_ns: 0,
             last_progress_ns: 0,
@@ -95,43 +135,61 @@ impl Publisher {
         self.meter.clone()
     }
 
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
     /// Publishes until its limit, waits for the confirms, and takes leave.
     pub(super) fn run(mut self) -> PublisherOutcome {
-        let published = self.publish();
+        let published = self.publish().and_then(|()| self.round_off());
         self.meter.finish();
         let settled = published.and_then(|()| self.settle());
-        let now = monotonic_ns();
-        self.inbox.on_unblocked(now);
-        let error = self.connection.finish_after(settled, self.control.is_aborted());
+        self.end(settled)
+    }
+
+    /// Takes leave, unless the run was aborted, and hands in the accounts.
+    pub(super) fn end(mut self, work: Result<(), PerfError>) -> PublisherOutcome {
+        self.meter.finish();
+        self.inbox.on_unblocked(monotonic_ns());
+        let error = self.connection.finish_after(work, self.control.is_aborted());
+        self.meter.set_blocked(false);
         PublisherOutcome {
             confirms: self.inbox.ledger,
+            commits: self.inbox.commits,
+            returned: self.inbox.returned,
             blocked_count: self.inbox.blocked_count,
             blocked_ns: self.inbox.blocked_ns,
             error,
         }
     }
 
-    fn publish(&mut self) -> Result<(), PerfError> {
+    /// Lets time and pace begin.
+    pub(super) fn begin(&mut self) {
         let start_ns = monotonic_ns();
-        let pace = self.rate_per_second.map(|rate| Pace::new(start_ns, rate, self.phase));
-        if pace.is_some() {
+        self.pace = self.rate_per_second.map(|rate| Pace::new(start_ns, rate, self.phase));
+        if self.pace.is_some() {
             posix::use_precise_timers();
         }
-        let deadline_ns = self.limit.duration.map_or(u64::MAX, |duration| start_ns.saturating_add(nanos(duration)));
+        self.deadline_ns = self.limit.duration.map_or(u64::MAX, |duration| start_ns.saturating_add(nanos(duration)));
         self.last_progress_ns = start_ns;
+    }
+
+    fn publish(&mut self) -> Result<(), PerfError> {
+        self.begin();
         loop {
             let now = monotonic_ns();
-            match self.turn(now, deadline_ns, pace.as_ref()) {
+            match self.turn(now) {
                 Turn::Send(count) => {
-                    self.send(count, now, pace.as_ref())?;
+                    self.send(count, now)?;
                     if !self.window_is_full() {
                         self.listen(Duration::ZERO)?;
                     }
                 }
                 Turn::Listen => {
-                    self.listen(POLL_INTERVAL)?;
+                    self.listen(self.connection.patience())?;
                     self.check_progress("publishing")?;
                 }
+                Turn::Commit => self.commit()?,
                 Turn::Rest(duration) => {
                     self.last_progress_ns = now;
                     self.listen(duration)?;
@@ -141,26 +199,69 @@ impl Publisher {
         }
     }
 
-    fn turn(&self, now_ns: u64, deadline_ns: u64, pace: Option<&Pace>) -> Turn {
+    /// For one that shares its thread: sends what may be sent, and says what to wait for then.
+    ///
+    /// It waits itself only as long as the socket takes nothing.
+    pub(super) fn step(&mut self) -> Result<Wait, PerfError> {
+        loop {
+            let now = monotonic_ns();
+            match self.turn(now) {
+                Turn::Send(count) => self.send(count, now)?,
+                Turn::Commit => self.commit()?,
+                Turn::Listen => {
+                    self.check_progress("publishing")?;
+                    return Ok(Wait::Input);
+                }
+                Turn::Rest(duration) => {
+                    self.last_progress_ns = now;
+                    return Ok(Wait::Until(now.saturating_add(nanos(duration))));
+                }
+                Turn::Finished => {
+                    self.round_off()?;
+                    self.meter.finish();
+                    return Ok(Wait::End);
+                }
+            }
+        }
+    }
+
+    /// Takes in what the broker has said so far.
+    pub(super) fn take_in(&mut self) -> Result<(), PerfError> {
+        self.listen(Duration::ZERO)
+    }
+
+    /// Whether nothing is to be waited for after publishing.
+    pub(super) fn is_settled(&self) -> bool {
+        let outstanding = self.inbox.ledger.as_ref().map_or(0, ConfirmLedger::outstanding);
+        outstanding == 0 && (!self.awaits_returns || self.inbox.has_last_answer)
+    }
+
+    fn turn(&self, now_ns: u64) -> Turn {
         let left = self.limit.message_count.unwrap_or(u64::MAX).saturating_sub(self.sent);
-        if left == 0 || now_ns >= deadline_ns || self.control.is_aborted() {
+        if left == 0 || now_ns >= self.deadline_ns || self.control.is_aborted() {
             return Turn::Finished;
         }
         if self.inbox.is_paused() {
             return Turn::Listen;
         }
         let mut count = self.block.capacity().min(left);
+        if let Some(transactions) = &self.transactions {
+            if transactions.open >= transactions.size {
+                return Turn::Commit;
+            }
+            count = count.min(transactions.size - transactions.open);
+        }
         if let Some(ledger) = &self.inbox.ledger {
-            let worthwhile = if pace.is_some() { 1 } else { (ledger.window() / WINDOW_PARTS).min(left).max(1) };
+            let worthwhile = if self.pace.is_some() { 1 } else { (ledger.window() / WINDOW_PARTS).min(left).max(1) };
             if ledger.free() < worthwhile {
                 return Turn::Listen;
             }
             count = count.min(ledger.free());
         }
-        if let Some(pace) = pace {
+        if let Some(pace) = &self.pace {
             let due = pace.due(now_ns).saturating_sub(self.sent);
             if due == 0 {
-                let next_ns = pace.sending_ns(self.sent).min(deadline_ns);
+                let next_ns = pace.sending_ns(self.sent).min(self.deadline_ns);
                 return Turn::Rest(Duration::from_nanos(next_ns.saturating_sub(now_ns)));
             }
             count = count.min(due);
@@ -173,8 +274,8 @@ impl Publisher {
     }
 
     /// Sends `count` messages in one block, stamped with the time they are sent, or were due.
-    fn send(&mut self, count: u64, now_ns: u64, pace: Option<&Pace>) -> Result<(), PerfError> {
-        let sent = self.sent;
+    fn send(&mut self, count: u64, now_ns: u64) -> Result<(), PerfError> {
+        let (sent, pace) = (self.sent, self.pace);
         let sending_ns = |index| pace.map_or(now_ns, |pace| pace.sending_ns(sent + index));
         self.block.stamp(count, sending_ns);
         if let Some(ledger) = &mut self.inbox.ledger {
@@ -188,10 +289,50 @@ impl Publisher {
         }
         let complete = self.block.complete_messages(written);
         self.sent += complete;
+        self.block.advance(complete);
+        if let Some(transactions) = &mut self.transactions {
+            transactions.open += complete;
+        }
         if complete > 0 {
             self.meter.on_messages(complete, now_ns, self.last_write_ns);
         }
         result
+    }
+
+    /// Commits what is published, and waits for the answer.
+    fn commit(&mut self) -> Result<(), PerfError> {
+        let (sent_ns, commits_before) = (monotonic_ns(), self.inbox.commits);
+        let mut frame = Vec::new();
+        wire::append_method(&mut frame, CHANNEL, method::TX_COMMIT, &Arguments::new());
+        self.connection.send_all(&frame, "committing")?;
+        self.last_progress_ns = sent_ns;
+        while self.inbox.commits == commits_before {
+            self.listen(self.connection.patience())?;
+            self.check_progress("waiting for a commit")?;
+        }
+        if let Some(transactions) = &mut self.transactions {
+            transactions.committed += std::mem::take(&mut transactions.open);
+            transactions.latencies.note(monotonic_ns().saturating_sub(sent_ns), 1);
+            transactions.latencies.hand_over();
+            self.meter.set_confirmed(transactions.committed);
+        }
+        Ok(())
+    }
+
+    /// After the last message: commits the last transaction, though it is not full, or asks something whose answer
+    /// comes behind the last return.
+    fn round_off(&mut self) -> Result<(), PerfError> {
+        let has_open = self.transactions.as_ref().is_some_and(|transactions| transactions.open > 0);
+        if has_open && !self.control.is_aborted() {
+            self.commit()?;
+        }
+        if self.awaits_returns {
+            let mut frame = Vec::new();
+            let unlimited = Arguments::new().long(0).short(0).octet(0);
+            wire::append_method(&mut frame, CHANNEL, method::BASIC_QOS, &unlimited);
+            self.connection.send_all(&frame, "asking for returns")?;
+        }
+        Ok(())
     }
 
     /// One write of what is left of a block. A full socket is no reason not to listen.
@@ -207,21 +348,21 @@ impl Publisher {
         Ok(more)
     }
 
-    /// Waits for the outstanding confirms, as long as they keep coming. What is still out is in the ledger.
+    /// Waits for the outstanding confirms and returns, as long as they keep coming. What is still out is in the ledger.
     fn settle(&mut self) -> Result<(), PerfError> {
         self.last_progress_ns = monotonic_ns();
-        while self.inbox.ledger.as_ref().is_some_and(|ledger| ledger.outstanding() > 0)
+        while !self.is_settled()
             && !self.control.is_aborted()
             && monotonic_ns().saturating_sub(self.last_progress_ns) < nanos(PROGRESS_LIMIT)
         {
-            self.listen(POLL_INTERVAL)?;
+            self.listen(self.connection.patience())?;
         }
         Ok(())
     }
 
     /// Takes in what the broker says, waiting up to `timeout` for its first word.
     fn listen(&mut self, timeout: Duration) -> Result<(), PerfError> {
-        let anything = if timeout == POLL_INTERVAL {
+        let anything = if timeout == self.connection.patience() {
             self.connection.read("publishing")? // which waits just so long by itself
         } else {
             self.connection.read_within(timeout, "publishing")?
@@ -237,11 +378,25 @@ impl Publisher {
             self.connection.send_all(&self.inbox.replies, "answering channel.flow")?;
             self.inbox.replies.clear();
         }
-        if let Some(ledger) = &self.inbox.ledger {
+        if let Some(ledger) = &mut self.inbox.ledger {
+            ledger.latencies.hand_over();
             self.meter.set_confirmed(ledger.acked);
         }
+        self.meter.set_refused(self.inbox.refused());
+        self.tell_of_blocking();
         self.last_progress_ns = now;
         Ok(())
+    }
+
+    /// Shows the supervisor, and once per run the user, that the broker takes nothing.
+    fn tell_of_blocking(&mut self) {
+        self.meter.set_blocked(self.inbox.is_paused());
+        if !self.inbox.blocked_reason.is_empty() {
+            let reason = std::mem::take(&mut self.inbox.blocked_reason);
+            if self.control.is_first_to_tell() {
+                eprintln!("the broker blocks publishers: {reason}");
+            }
+        }
     }
 
     fn check_progress(&self, during: &'static str) -> Result<(), PerfError> {
@@ -259,136 +414,29 @@ impl Publisher {
     }
 }
 
-/// What the broker told a publisher.
-#[derive(Debug)]
-struct Inbox {
-    ledger: Option<ConfirmLedger>,
-    blocked_since_ns: Option<u64>,
-    blocked_count: u64,
-    blocked_ns: u64,
-    flow_stopped: bool,
-    /// Answers that are due.
-    replies: Vec<u8>,
-}
-
-impl Inbox {
-    fn new(confirm_window: Option<u64>) -> Self {
-        Self {
-            ledger: confirm_window.map(ConfirmLedger::new),
-            blocked_since_ns: None,
-            blocked_count: 0,
-            blocked_ns: 0,
-            flow_stopped: false,
-            replies: Vec::new(),
-        }
-    }
-
-    fn is_paused(&self) -> bool {
-        self.flow_stopped || self.blocked_since_ns.is_some()
-    }
-
-    fn on_frame(&mut self, frame: &Frame<'_>, now_ns: u64) -> Result<(), PerfError> {
-        let Frame::Method { id, arguments, .. } = frame else { return Ok(()) };
-        match notice(*id, arguments)? {
-            Notice::Confirm { tag, multiple, acked } => {
-                if let Some(ledger) = &mut self.ledger {
-                    ledger.on_confirm(tag, multiple, acked, now_ns);
-                }
-            }
-            Notice::Blocked { reason } => {
-                eprintln!("the broker blocks this publisher: {}", String::from_utf8_lossy(reason));
-                self.blocked_count += 1;
-                self.blocked_since_ns.get_or_insert(now_ns);
-            }
-            Notice::Unblocked => self.on_unblocked(now_ns),
-            Notice::Flow { active } => {
-                self.flow_stopped = !active;
-                let answer = Arguments::new().octet(u8::from(active));
-                wire::append_method(&mut self.replies, CHANNEL, method::CHANNEL_FLOW_OK, &answer);
-            }
-            Notice::Cancelled | Notice::Other => {}
-        }
-        Ok(())
-    }
-
-    fn on_unblocked(&mut self, now_ns: u64) {
-        if let Some(since) = self.blocked_since_ns.take() {
-            self.blocked_ns += now_ns.saturating_sub(since);
-        }
-    }
-}
-
-/// When each message of a paced publisher is due, whatever became of those before it.
-#[derive(Debug, Clone, Copy)]
-struct Pace {
-    start_ns: u64,
-    interval_ns: f64,
-}
-
-impl Pace {
-    fn new(start_ns: u64, rate_per_second: f64, phase: f64) -> Self {
-        let interval_ns = 1e9 / rate_per_second;
-        Self { start_ns: start_ns.saturating_add(whole(interval_ns * phase)), interval_ns }
-    }
-
-    fn sending_ns(&self, index: u64) -> u64 {
-        self.start_ns.saturating_add(whole(index as f64 * self.interval_ns))
-    }
-
-    /// How many messages are due at `now_ns`, from the first one on.
-    fn due(&self, now_ns: u64) -> u64 {
-        match now_ns.checked_sub(self.start_ns) {
-            Some(elapsed) => whole(elapsed as f64 / self.interval_ns).saturating_add(1),
-            None => 0,
-        }
-    }
-}
-
-/// Without the fraction; what is out of range becomes the nearest bound.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "the cast saturates, which is what is wanted"
-)]
-fn whole(number: f64) -> u64 {
-    number as u64
-}
-
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pace_is_due_at_its_times_and_never_catches_its_breath() {
-        let pace = Pace::new(1_000, 1e6, 0.0);
-        assert_eq!([999, 1_000, 1_999, 2_000, 1_001_000].map(|now| pace.due(now)), [0, 1, 1, 2, 1_001]);
-        assert_eq!((pace.sending_ns(0), pace.sending_ns(7)), (1_000, 8_000));
-        assert_eq!(Pace::new(1_000, 1e6, 0.5).sending_ns(0), 1_500);
-    }
-
-    #[test]
-    fn a_blocked_publisher_pauses_and_knows_for_how_long() {
-        let mut inbox = Inbox::new(None);
-        let frame = |id, arguments| Frame::Method { channel: 0, id, arguments };
-        inbox.on_frame(&frame(method::CONNECTION_BLOCKED, b"\x03low"), 100).expect("valid");
-        assert!(inbox.is_paused());
-        inbox.on_frame(&frame(method::CONNECTION_UNBLOCKED, b""), 350).expect("valid");
-        assert!(!inbox.is_paused());
-        assert_eq!((inbox.blocked_count, inbox.blocked_ns), (1, 250));
-    }
-
-    #[test]
-    fn flow_is_obeyed_and_answered() {
-        let mut inbox = Inbox::new(Some(1));
-        let flow = |arguments| Frame::Method { channel: 1, id: method::CHANNEL_FLOW, arguments };
-        inbox.on_frame(&flow(&[0]), 1).expect("valid");
-        assert!(inbox.is_paused());
-        assert_eq!(inbox.replies[7..12], [0, 20, 0, 21, 0]);
-        inbox.on_frame(&flow(&[1]), 2).expect("valid");
-        assert!(!inbox.is_paused());
-    }
+fn block(plan: &Plan, index: usize, limit: Limit, frame_max: usize) -> MessageBlock {
+    let messages = &plan.messages;
+    let shape = MessageShape {
+        channel: CHANNEL,
+        exchange: &plan.exchange.name,
+        routing_key: plan.exchange.routing_key_of(plan.queue_of(index)),
+        sizes: &messages.sizes,
+        random_body: messages.random_body,
+        properties: &messages.properties,
+        mandatory: messages.mandatory,
+        frame_max,
+    };
+    let bounds = [plan.confirm_window, plan.tx, limit.message_count, plan.batch];
+    MessageBlock::new(
+        &shape,
+        Filling {
+            block_bytes: message_block::block_bytes(plan.publisher_count),
+            max_messages: bounds.into_iter().flatten().min().unwrap_or(u64::MAX),
+            seed: index as u64,
+        },
+    )
 }

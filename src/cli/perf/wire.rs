@@ -6,6 +6,8 @@
 
 use std::io::{self, Read};
 
+use super::properties::Properties;
+
 /// Class and method id.
 pub(super) type MethodId = (u16, u16);
 
@@ -29,23 +31,39 @@ pub(super) mod method {
     pub const CHANNEL_FLOW: MethodId = (20, 20);
     pub const CHANNEL_FLOW_OK: MethodId = (20, 21);
     pub const CHANNEL_CLOSE: MethodId = (20, 40);
+    pub const CHANNEL_CLOSE_OK: MethodId = (20, 41);
+    pub const EXCHANGE_DECLARE: MethodId = (40, 10);
+    pub const EXCHANGE_DECLARE_OK: MethodId = (40, 11);
+    pub const EXCHANGE_DELETE: MethodId = (40, 20);
+    pub const EXCHANGE_DELETE_OK: MethodId = (40, 21);
     pub const QUEUE_DECLARE: MethodId = (50, 10);
     pub const QUEUE_DECLARE_OK: MethodId = (50, 11);
     pub const QUEUE_BIND: MethodId = (50, 20);
     pub const QUEUE_BIND_OK: MethodId = (50, 21);
     pub const QUEUE_DELETE: MethodId = (50, 40);
     pub const QUEUE_DELETE_OK: MethodId = (50, 41);
+    pub const QUEUE_UNBIND: MethodId = (50, 50);
+    pub const QUEUE_UNBIND_OK: MethodId = (50, 51);
     pub const BASIC_QOS: MethodId = (60, 10);
     pub const BASIC_QOS_OK: MethodId = (60, 11);
     pub const BASIC_CONSUME: MethodId = (60, 20);
     pub const BASIC_CONSUME_OK: MethodId = (60, 21);
     pub const BASIC_CANCEL: MethodId = (60, 30);
+    pub const BASIC_CANCEL_OK: MethodId = (60, 31);
     pub const BASIC_PUBLISH: MethodId = (60, 40);
+    pub const BASIC_RETURN: MethodId = (60, 50);
     pub const BASIC_DELIVER: MethodId = (60, 60);
+    pub const BASIC_GET: MethodId = (60, 70);
+    pub const BASIC_GET_OK: MethodId = (60, 71);
+    pub const BASIC_GET_EMPTY: MethodId = (60, 72);
     pub const BASIC_ACK: MethodId = (60, 80);
     pub const BASIC_NACK: MethodId = (60, 120);
     pub const CONFIRM_SELECT: MethodId = (85, 10);
     pub const CONFIRM_SELECT_OK: MethodId = (85, 11);
+    pub const TX_SELECT: MethodId = (90, 10);
+    pub const TX_SELECT_OK: MethodId = (90, 11);
+    pub const TX_COMMIT: MethodId = (90, 20);
+    pub const TX_COMMIT_OK: MethodId = (90, 21);
 }
 
 /// What a client says first.
@@ -62,8 +80,6 @@ const KIND_HEADER: u8 = 2;
 const KIND_BODY: u8 = 3;
 const KIND_HEARTBEAT: u8 = 8;
 const CLASS_BASIC: u16 = 60;
-const FLAG_DELIVERY_MODE: u16 = 1 << 12;
-const DELIVERY_MODE_PERSISTENT: u8 = 2;
 /// Read buffer: a read never starts with room for less than one of the largest frames.
 const BUFFER_BYTES: usize = 4 * MAX_FRAME_BYTES;
 /// An unread rest of up to this size is moved to the front, which keeps the hot part of the buffer small.
@@ -112,6 +128,11 @@ impl Arguments {
     }
 
     pub(super) fn long(mut self, value: u32) -> Self {
+        self.0.extend(value.to_be_bytes());
+        self
+    }
+
+    pub(super) fn long_long(mut self, value: u64) -> Self {
         self.0.extend(value.to_be_bytes());
         self
     }
@@ -167,9 +188,39 @@ pub(super) fn append_ack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64, mul
     out.extend_from_slice(&frame);
 }
 
+/// Appends a `basic.nack` of one delivery.
+pub(super) fn append_nack(out: &mut Vec<u8>, channel: u16, delivery_tag: u64, requeue: bool) {
+    const REQUEUE: u8 = 1 << 1;
+    let arguments = Arguments::new().long_long(delivery_tag).octet(if requeue { REQUEUE } else { 0 });
+    append_method(out, channel, method::BASIC_NACK, &arguments);
+}
+
 /// Appends a content header and the body frames; returns where in `out` the body's first byte is.
 ///
 /// A body that fits one frame of `frame_max` has one, an empty one has none.
+pub(super) fn append_content_with(
+    out: &mut Vec<u8>,
+    channel: u16,
+    body: &[u8],
+    properties: &Properties,
+    frame_max: usize,
+) -> usize {
+    let body_size = u64::try_from(body.len()).unwrap_or(u64::MAX);
+    append_frame(
+        out,
+        KIND_HEADER,
+        channel,
+        &[&CLASS_BASIC.to_be_bytes(), &[0, 0], &body_size.to_be_bytes(), properties.as_bytes()],
+    );
+    let body_start = out.len() + FRAME_HEADER_BYTES;
+    for part in body.chunks(frame_max.saturating_sub(FRAME_OVERHEAD_BYTES).max(1)) {
+        append_frame(out, KIND_BODY, channel, &[part]);
+    }
+    body_start
+}
+
+/// The same for a message with no other property than its delivery mode.
+#[cfg(test)]
 pub(super) fn append_content(
     out: &mut Vec<u8>,
     channel: u16,
@@ -177,20 +228,7 @@ pub(super) fn append_content(
     persistent: bool,
     frame_max: usize,
 ) -> usize {
-    let flags = if persistent { FLAG_DELIVERY_MODE } else { 0 };
-    let delivery_mode: &[u8] = if persistent { &[DELIVERY_MODE_PERSISTENT] } else { &[] };
-    let body_size = u64::try_from(body.len()).unwrap_or(u64::MAX);
-    append_frame(
-        out,
-        KIND_HEADER,
-        channel,
-        &[&CLASS_BASIC.to_be_bytes(), &[0, 0], &body_size.to_be_bytes(), &flags.to_be_bytes(), delivery_mode],
-    );
-    let body_start = out.len() + FRAME_HEADER_BYTES;
-    for part in body.chunks(frame_max.saturating_sub(FRAME_OVERHEAD_BYTES).max(1)) {
-        append_frame(out, KIND_BODY, channel, &[part]);
-    }
-    body_start
+    append_content_with(out, channel, body, &Properties::new(persistent, &[], &[]), frame_max)
 }
 
 /// Reads the arguments of a method in order.
@@ -256,6 +294,11 @@ impl FrameReader {
         Self { buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 }
     }
 
+    /// Forgets what is unread, so that another connection can use the buffer.
+    pub(super) fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
     /// Reads once, as much as `source` has and the buffer holds. 0 is the end of the stream.
     ///
     /// There is always room, provided the frames read so far have been walked over.
@@ -274,7 +317,8 @@ impl FrameReader {
     ///
     /// # Errors
     /// [`WireError`] for anything that is no frame; the stream is then useless.
-    #[inline]
+    // Left to itself the compiler inlines it or not as the number of callers changes, at half a consumer's cost.
+    #[inline(always)]
     pub(super) fn next_frame(&mut self) -> Result<Option<Frame<'_>>, WireError> {
         let unread = &self.buffer[self.start..self.end];
         let Some((&[kind, c1, c2, l1, l2, l3, l4], rest)) = unread.split_first_chunk::<FRAME_HEADER_BYTES>() else {
@@ -405,7 +449,8 @@ mod tests {
     fn a_long_stream_of_large_frames_passes_through_the_buffer() {
         let mut bytes = Vec::new();
         for index in 0..40u8 {
-            append_content(&mut bytes, 1, &vec![index; MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES], false, MAX_FRAME_BYTES);
+            let body = vec![index; MAX_FRAME_BYTES - FRAME_OVERHEAD_BYTES];
+            append_content(&mut bytes, 1, &body, false, MAX_FRAME_BYTES);
         }
         for step in [1 << 20, 100_001, 4_099] {
             let seen = walk(&bytes, step).expect("valid");

@@ -59,6 +59,12 @@ impl SettleBatch {
         self.runs.is_empty() && self.unblocked.is_empty()
     }
 
+    #[inline]
+    fn push(&mut self, unacked: &Unacked) {
+        let Unacked { seq, body_bytes, persistent, .. } = *unacked;
+        self.deliveries.push(Settled { seq, body_bytes, persistent });
+    }
+
     /// Empties the batch, keeping its memory.
     pub fn clear(&mut self) {
         self.deliveries.clear();
@@ -149,22 +155,36 @@ fn note_settled(
     unacked: &Unacked,
     batch: &mut SettleBatch,
 ) {
-    let Some(entry) = slots.get_mut(unacked.slot as usize) else { return };
-    let Some(slot) = entry.as_mut() else { return };
-    slot.unacked = slot.unacked.saturating_sub(1);
-    batch.deliveries.push(Settled { seq: unacked.seq, body_bytes: unacked.body_bytes, persistent: unacked.persistent });
+    batch.push(unacked);
+    end_run(slots, free, channel, (unacked.slot, 1), batch);
+}
+
+/// Sorts the last `count` deliveries of `batch`, all of the slot `index`, into its runs.
+#[inline]
+fn end_run(
+    slots: &mut [Option<Slot>],
+    free: &mut Vec<u32>,
+    channel: u16,
+    (index, count): (u32, u32),
+    batch: &mut SettleBatch,
+) {
     let end = batch.deliveries.len();
+    let Some(entry @ Some(_)) = slots.get_mut(index as usize) else {
+        return batch.deliveries.truncate(end - count as usize);
+    };
+    let Some(slot) = entry.as_mut() else { return };
+    slot.unacked = slot.unacked.saturating_sub(count);
     match batch.runs.last_mut() {
-        Some(run) if batch.last_slot == Some((channel, unacked.slot)) => run.2 = end,
+        Some(run) if batch.last_slot == Some((channel, index)) => run.2 = end,
         _ => {
             let Some(queue) = slot.queue.clone() else { return };
             batch.runs.push((queue, slot.consumer, end));
-            batch.last_slot = Some((channel, unacked.slot));
+            batch.last_slot = Some((channel, index));
         }
     }
     if slot.cancelled && slot.unacked == 0 {
         *entry = None;
-        free.push(unacked.slot);
+        free.push(index);
         batch.last_slot = None;
     }
 }
@@ -189,6 +209,30 @@ impl Settler<'_> {
             out.take_blocked(&mut batch.unblocked);
         }
         Ok(())
+    }
+
+    /// Settles `count` deliveries with tags from `first` on, as so many calls of [`Settler::settle`] would, if all of them are
+    /// outstanding. Answers whether they are; if not, nothing has changed.
+    #[inline]
+    pub fn settle_each(&mut self, first: u64, count: usize, batch: &mut SettleBatch) -> bool {
+        let Some(out) = self.inner.channels.get_mut(self.channel) else { return false };
+        let ChannelOut { unacked, slots, free_slots, .. } = out;
+        let mut run = (0, 0);
+        let settled = unacked.settle_each(first, count, |unacked| {
+            if run.0 != unacked.slot && run.1 > 0 {
+                end_run(slots, free_slots, self.channel, run, batch);
+                run.1 = 0;
+            }
+            batch.push(&unacked);
+            run = (unacked.slot, run.1 + 1);
+        });
+        if run.1 > 0 {
+            end_run(slots, free_slots, self.channel, run, batch);
+        }
+        if settled && out.prefetch > 0 {
+            out.take_blocked(&mut batch.unblocked);
+        }
+        settled
     }
 
     /// Takes deliveries out without settling them yet, for a transaction.

@@ -1,6 +1,6 @@
 //! Writing deliveries: the inside of a locked outbox, as queues see it.
 
-use super::{HIGH_WATER_BYTES, Inner, REPLY_LIMIT_BYTES};
+use super::{BEHIND_BYTES, HIGH_WATER_BYTES, Inner, REPLY_LIMIT_BYTES};
 use crate::{
     broker::{Address, Body, Delivery, DeliveryWriter, Message, Offer, OwnedMessage, TracedDelivery, is_traced},
     session::{unacked::Unacked, write_buffer::WriteBuffer},
@@ -127,6 +127,40 @@ impl Inner {
 }
 
 impl Inner {
+    /// Writes the deliveries at the front of `messages` that differ from the one just written in nothing but tag and body.
+    /// Answers how many.
+    ///
+    /// Hot path: a copy of the frames, with the tag and the body put into it.
+    fn repeat(&mut self, to: Address, written: &Message<'_>, messages: &[Message<'_>]) -> usize {
+        let template = &mut self.template;
+        if template.to != Some(to) || template.redelivered || template.body_len != written.body.len() || self.tracing {
+            return 0;
+        }
+        let Some(channel) = self.channels.get_mut(to.channel) else { return 0 };
+        if !matches!(channel.slots.get(to.slot as usize), Some(Some(slot)) if slot.no_ack) {
+            return 0;
+        }
+        let bytes_each = template.bytes.len() + template.body_len + 1;
+        let room = HIGH_WATER_BYTES.saturating_sub(self.out.len()).div_ceil(bytes_each);
+        // They come from one read buffer and one publisher, so what is alike mostly is the same.
+        let is_like = |message: &&Message<'_>| {
+            std::ptr::eq(message.names, written.names)
+                && std::ptr::eq(message.properties, written.properties)
+                && matches!(message.body, Body::Inline(body) if body.len() == template.body_len)
+        };
+        let count = messages.iter().take(room).take_while(is_like).count();
+        let bytes = &mut self.out.bytes;
+        bytes.reserve(count * bytes_each);
+        for message in &messages[..count] {
+            channel.last_tag += 1;
+            template.bytes[template.tag_at..template.tag_at + 8].copy_from_slice(&channel.last_tag.to_be_bytes());
+            bytes.extend_from_slice(&template.bytes);
+            bytes.extend_from_slice(message.body.as_slice());
+            bytes.push(FRAME_END);
+        }
+        count
+    }
+
     /// Keeps a copy of a delivery, to be traced once its queue is unlocked.
     #[cold]
     fn note_trace(&mut self, delivery: &Delivery<'_>) {
@@ -154,6 +188,39 @@ impl DeliveryWriter for Inner {
             self.note_trace(delivery);
         }
         offer
+    }
+
+    #[inline]
+    fn deliver_all(&mut self, to: Address, messages: &[Message<'_>]) -> (usize, Offer) {
+        let mut taken = 0;
+        while let Some(&message) = messages.get(taken) {
+            let offer = self.deliver(&Delivery { to, seq: 0, redelivered: false, message });
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+            taken += 1;
+            taken += self.repeat(to, &message, &messages[taken..]);
+        }
+        (taken, Offer::Taken)
+    }
+
+    #[inline]
+    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
+        for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
+            let delivery = Delivery { to, seq, redelivered: false, message };
+            let offer = self.offer(&delivery, None);
+            if offer != Offer::Taken {
+                return (taken, offer);
+            }
+            if self.tracing {
+                self.note_trace(&delivery);
+            }
+        }
+        (messages.len(), Offer::Taken)
+    }
+
+    fn is_behind(&self) -> bool {
+        self.out.len() >= BEHIND_BYTES
     }
 
     fn answer_get(&mut self, delivery: &Delivery<'_>, remaining: u64) -> Offer {

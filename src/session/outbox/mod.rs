@@ -7,9 +7,12 @@
 mod channel;
 mod deliver;
 
-use std::sync::{
-    Arc, OnceLock, Weak,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    pin::Pin,
+    sync::{
+        Arc, OnceLock, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use amq_protocol::protocol::{AMQPClass, basic};
@@ -34,10 +37,14 @@ use crate::{
 
 /// Bytes after which consumers of the connection are blocked until the writer has caught up.
 pub const HIGH_WATER_BYTES: usize = 512 << 10;
+/// Bytes after which publishers let the writer catch up, so that what they publish next finds room.
+const BEHIND_BYTES: usize = HIGH_WATER_BYTES / 2;
+/// Memory that a busy connection's buffers keep: the mark, and what one read can add to it.
+const BUSY_BUFFER_BYTES: usize = HIGH_WATER_BYTES + (512 << 10);
 /// Bytes after which direct replies to the connection are dropped.
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
-/// What is written at once while the writer rests.
-const AT_ONCE_BYTES: usize = 512;
+/// What is written at once while the writer rests: more is worth a second core.
+const AT_ONCE_BYTES: usize = 32 << 10;
 /// Memory an idle connection's buffers may keep.
 const IDLE_BUFFER_BYTES: usize = 4 << 10;
 
@@ -56,6 +63,8 @@ struct Inner {
     wake_pending: bool,
     /// The writer has taken something out that it may not have written yet.
     writing: bool,
+    /// The writer sleeps, and has given the buffer's memory back.
+    rested: bool,
     closed: bool,
     /// The deliveries of the present turn are traced.
     tracing: bool,
@@ -66,6 +75,8 @@ struct Inner {
 pub struct Outbox {
     inner: Mutex<Inner>,
     writable: Notify,
+    /// The writer has taken much.
+    caught_up: Notify,
     closed: AtomicBool,
     finished: AtomicBool,
     /// Channels on which a consumer did not settle in time.
@@ -93,11 +104,13 @@ impl Outbox {
                 cancel_notify: false,
                 wake_pending: false,
                 writing: false,
+                rested: false,
                 closed: false,
                 tracing: false,
                 traces: Vec::new(),
             }),
             writable: Notify::new(),
+            caught_up: Notify::new(),
             closed: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             timed_out: Mutex::default(),
@@ -130,17 +143,34 @@ impl Outbox {
         let _ = self.attention.set(call);
     }
 
-    /// Writes what waits if that is little and the writer rests: confirms of one message at a time are so told of without
-    /// waking another thread.
-    fn write_at_once(&self, inner: &mut Inner) {
-        let rests = !inner.writing && !inner.wake_pending && !inner.full;
-        if rests
-            && inner.out.is_plain()
-            && inner.out.len() <= AT_ONCE_BYTES
+    /// Writes what waits if that is little and the writer rests: to wake another thread for it would cost more than the write.
+    /// Answers whether nothing is left.
+    fn write_at_once(&self, inner: &mut Inner) -> bool {
+        let is_little = inner.out.is_plain() && (1..=AT_ONCE_BYTES).contains(&inner.out.len());
+        if is_little
+            && !inner.writing
+            && !inner.full
             && let Some(write) = self.direct_write.get()
         {
             let written = write(&inner.out.bytes);
             inner.out.bytes.drain(..written);
+            if std::mem::take(&mut inner.rested) {
+                self.writable.notify_one(); // it gives the buffer's memory back when nothing comes any more
+            }
+        }
+        inner.out.is_empty()
+    }
+
+    /// Has what waits written: at once, or by the writer.
+    fn send(&self) {
+        let done = {
+            let mut inner = self.inner.lock();
+            let done = self.write_at_once(&mut inner);
+            inner.wake_pending &= !done;
+            done
+        };
+        if !done {
+            self.writable.notify_one();
         }
     }
 
@@ -185,12 +215,16 @@ impl Outbox {
             return false;
         }
         std::mem::swap(&mut inner.out, batch);
+        drop(inner);
+        if batch.len() >= BEHIND_BYTES {
+            self.caught_up.notify_waiters();
+        }
         true
     }
 
     /// Keeps a written buffer for the next batch.
     pub fn recycle(&self, batch: &mut WriteBuffer) {
-        batch.clear(HIGH_WATER_BYTES);
+        batch.clear(BUSY_BUFFER_BYTES);
         let mut inner = self.inner.lock();
         if inner.out.is_empty() && inner.out.bytes.capacity() == 0 {
             std::mem::swap(&mut inner.out, batch);
@@ -201,6 +235,7 @@ impl Outbox {
     pub fn rest(&self, batch: &mut WriteBuffer) {
         batch.clear(0);
         let mut inner = self.inner.lock();
+        inner.rested = true;
         if inner.out.is_empty() {
             inner.out.bytes.shrink_to(IDLE_BUFFER_BYTES);
         }
@@ -240,11 +275,13 @@ impl Outbox {
         self.writable.notify_one();
     }
 
-    /// Wakes the writer if it has something to write and nobody has woken it.
+    /// Has written what waits, if nobody has done so.
     pub fn wake_if_needed(&self) {
         let wake = {
             let mut inner = self.inner.lock();
-            !inner.out.is_empty() && !std::mem::replace(&mut inner.wake_pending, true)
+            let waits = !inner.out.is_empty() && !inner.wake_pending && !self.write_at_once(&mut inner);
+            inner.wake_pending |= waits;
+            waits
         };
         if wake {
             self.wake_writer();
@@ -504,7 +541,17 @@ impl Port for Outbox {
         {
             self.broker.events().hand_over_traces(this);
         }
-        self.writable.notify_one();
+        self.send();
+    }
+
+    fn caught_up(&self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            let taken = self.caught_up.notified();
+            // What is taken from now on is noticed; what was taken before is not waited for.
+            if self.waiting_bytes() >= BEHIND_BYTES {
+                taken.await;
+            }
+        })
     }
 
     fn publish_traces(&self, effects: &mut Effects) -> bool {
@@ -572,13 +619,12 @@ impl WatermarkListener for Outbox {
         inner.listening = false;
         self.settle_confirms(inner, watermark);
         self.listen(inner);
-        if few {
-            self.write_at_once(inner);
-        }
-        let wake = !inner.out.is_empty();
+        let waits = !inner.out.is_empty() && !inner.wake_pending;
+        let wake = waits && !(few && self.write_at_once(inner));
+        inner.wake_pending |= wake;
         drop(guard);
         if wake {
-            self.wake();
+            self.wake_writer();
         }
     }
 }

@@ -81,7 +81,7 @@ impl LogSubject {
                     let seq = self.log.append(
                         &Message { names: &self.names, properties: &[0, 0], body, persistent, extension: &[] },
                         0,
-                        0,
+                        || 0,
                     );
                     self.model.insert(seq, (Place::Ready { handed_out: false }, bytes, persistent));
                 }
