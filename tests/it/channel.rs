@@ -16,10 +16,7 @@ fn open() -> AMQPClass {
 }
 
 fn missing() -> AMQPClass {
-    AMQPClass::Queue(amq_protocol::protocol::queue::AMQPMethod::Declare(Declare {
-        passive: true,
-        ..transient("missing")
-    }))
+    AMQPClass::Queue(queue::AMQPMethod::Declare(Declare { passive: true, ..transient("missing") }))
 }
 
 const MISSING: &str = "NOT_FOUND - no queue 'missing' in vhost '/'";
@@ -194,7 +191,7 @@ async fn an_access_request_is_granted_with_a_ticket() {
 async fn a_closed_channel_answers_no_confirms_and_its_consumers_are_gone() {
     let (broker, gate) = TestBroker::gated().await;
     let mut peer = broker.peer().await;
-    peer.declare(1, crate::support::peer::durable("q")).await;
+    peer.declare(1, durable("q")).await;
     peer.open_channel(2).await;
     peer.select_confirms(2).await;
     peer.consume_as(2, basic::Consume { queue: "q".into(), ..Default::default() }).await;
