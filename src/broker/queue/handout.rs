@@ -57,8 +57,9 @@ impl Run<'_> {
         }
         loop {
             let room = (self.limit - self.handed.messages).min(self.consumer.credit()).min(RUN_MESSAGES);
-            let run: SmallVec<[Message<'_>; RUN_MESSAGES]> =
-                self.log.fresh_run().take_while(|message| message.extension.is_empty()).take(room).collect();
+            // Filled in place: to collect it would move all of it.
+            let mut run: SmallVec<[Message<'_>; RUN_MESSAGES]> = SmallVec::new();
+            run.extend(self.log.fresh_run().take_while(|message| message.extension.is_empty()).take(room));
             if run.is_empty() {
                 return room > 0;
             }
