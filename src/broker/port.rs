@@ -43,20 +43,9 @@ pub trait DeliveryWriter {
     /// Writes `basic.deliver` and its content, and remembers it as unacked unless the slot is no-ack.
     fn deliver(&mut self, delivery: &Delivery<'_>) -> Offer;
 
-    /// [`DeliveryWriter::deliver`] of messages that were never in a queue, to one no-ack consumer, up to the first one that is
-    /// not taken. Answers how many were, and what was done with the last one that was offered.
-    fn deliver_all(&mut self, to: Address, messages: &[Message<'_>]) -> (usize, Offer) {
-        for (taken, &message) in messages.iter().enumerate() {
-            let offer = self.deliver(&Delivery { to, seq: 0, redelivered: false, message });
-            if offer != Offer::Taken {
-                return (taken, offer);
-            }
-        }
-        (messages.len(), Offer::Taken)
-    }
-
     /// [`DeliveryWriter::deliver`] of messages that stand side by side in their queue, `first` being the position of the first,
-    /// and were never handed out; up to the first one that is not taken. Answers as [`DeliveryWriter::deliver_all`].
+    /// and were never handed out; up to the first one that is not taken. Answers how many were, and what was done with the last
+    /// one that was offered. For a no-ack consumer the position is of no account.
     fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
         for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
             let offer = self.deliver(&Delivery { to, seq, redelivered: false, message });

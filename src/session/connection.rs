@@ -143,6 +143,8 @@ pub struct Session {
     pub(super) exclusive: Vec<Arc<Queue>>,
     pub(super) effects: Effects,
     pub(super) settling: SettleBatch,
+    /// Some channel was put into confirm mode, so that rounds matter.
+    pub(super) confirms: bool,
     /// The latest round that something settled on this connection is in.
     pub(super) settled: Round,
     pub(super) partial: Option<PartialBody>,
@@ -202,6 +204,7 @@ impl Session {
             exclusive: Vec::new(),
             effects: Effects { on_behalf_of: Some(id), ..Effects::default() },
             settling: SettleBatch::default(),
+            confirms: false,
             settled: 0,
             partial: None,
             awaiting: VecDeque::new(),

@@ -140,8 +140,13 @@ impl Session {
         let mut batch = std::mem::take(&mut self.settling);
         let (mut start, mut round) = (0, 0);
         for (queue, consumer, end) in batch.runs.drain(..) {
-            let settled = queue.settle(consumer, &batch.deliveries[start..end], how, &mut self.effects);
-            self.settled = self.settled.max(settled);
+            let deliveries = &batch.deliveries[start..end];
+            if how == Settlement::Acked && !durably && !self.confirms {
+                queue.acknowledge(consumer, deliveries, &mut self.effects);
+            } else {
+                let settled = queue.settle(consumer, deliveries, how, &mut self.effects);
+                self.settled = self.settled.max(settled);
+            }
             start = end;
             if durably {
                 round = round.max(queue.settle_round());

@@ -51,6 +51,13 @@ impl UnackedRing {
         self.len += 1;
     }
 
+    /// Adds deliveries; tags rise.
+    #[inline]
+    pub fn extend(&mut self, unacked: impl ExactSizeIterator<Item = Unacked>) {
+        self.len += unacked.len();
+        self.ring.extend(unacked);
+    }
+
     /// Takes out the deliveries that one ack, nack or reject settles, oldest first.
     ///
     /// With `multiple`, that is every outstanding delivery up to and including `tag`, and `tag` itself must be

@@ -99,8 +99,14 @@ impl Queue {
             });
             return rounds.max().unwrap_or(0);
         }
-        let mut state = self.open();
-        self.publish_locked(&mut state, messages, effects)
+        match self.attend(messages.len()) {
+            Ok(mut attended) => {
+                let round = self.publish_locked(&mut attended.state, messages, effects);
+                attended.finish(effects);
+                round
+            }
+            Err(mut state) => self.publish_locked(&mut state, messages, effects),
+        }
     }
 
     fn publish_locked(
@@ -135,9 +141,10 @@ impl Queue {
         effects: &mut Effects,
     ) -> Round {
         let now = clock::now_unix_ms();
-        state.append_all(messages, now);
+        let is_next = state.append_all(messages, now);
         if state.can_deliver() {
-            self.deliver_locked(state, now, effects);
+            let arrived = if is_next { messages } else { &[] };
+            self.deliver_arrived(state, arrived, now, effects);
             effects.congested |= state.is_congested();
         }
         if state.has_limits_or_deadlines() {
@@ -313,7 +320,7 @@ impl QueueState {
             let run = if alone { messages.len() } else { taken + 1 };
             let (to, mut last, mut is_behind) = (consumer.address, Offer::Taken, false);
             let wake = consumer.port.with_writer(&mut |writer| {
-                let (more, offer) = writer.deliver_all(to, &messages[taken..run]);
+                let (more, offer) = writer.deliver_run(to, 0, &messages[taken..run]);
                 taken += more;
                 last = offer;
                 is_behind = writer.is_behind();
@@ -342,31 +349,30 @@ impl QueueState {
         }
     }
 
-    /// Appends a run of messages.
+    /// Appends a run of messages. Answers whether they are what now stands at the cursor, with nothing more to be known of them
+    /// than what `messages` says.
     ///
     /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
-    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64) {
-        let expected_bytes = || messages.iter().map(record::encoded_len).sum();
+    fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64) -> bool {
         let persistence = self.persistence();
-        let is_plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
+        let is_plain = |message: &Message<'_>| {
+            message.extension.is_empty() && persistence.keeps(message) == message.persistent
+        };
+        let plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
         let mut appended = 0;
-        if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
-            for message in messages.iter().take_while(|message| message.extension.is_empty()) {
-                let persistent = persistence.keeps(message);
-                if persistent == message.persistent {
-                    lane.log.append(message, now_unix_ms, expected_bytes);
-                } else {
-                    lane.log.append(&Message { persistent, ..*message }, now_unix_ms, expected_bytes);
-                }
-                lane.appended(message.body.len() as u64, persistent);
-                appended += 1;
-            }
+        let mut is_next = false;
+        if let (true, Some(lane)) = (plain, self.lanes.only()) {
+            appended = messages.iter().position(|message| !is_plain(message)).unwrap_or(messages.len());
+            is_next = appended == messages.len() && lane.log.is_drained();
+            lane.log.append_run(&messages[..appended], now_unix_ms);
+            lane.appended_all(&messages[..appended]);
         }
         let others = &messages[appended..];
-        let expected_bytes = if others.is_empty() { 0 } else { expected_bytes() };
+        let expected_bytes = others.iter().map(record::encoded_len).sum();
         for message in others {
             self.append(message, now_unix_ms, expected_bytes);
         }
+        is_next
     }
 
     pub(super) fn append(&mut self, message: &Message<'_>, now_unix_ms: u64, expected_bytes: usize) {

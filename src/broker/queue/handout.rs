@@ -25,12 +25,14 @@ const RUN_MESSAGES: usize = 64;
 const DELIVERY_BUDGET: usize = 16 << 10;
 
 /// One consumer's turn at one lane, while its outbox is locked.
-struct Run<'a> {
+struct Run<'a, 'm> {
     log: &'a mut QueueLog,
     level: u8,
     /// The returned message whose turn it is, whatever is ready before it.
     returned: Option<u64>,
     limit: usize,
+    /// What stands at the cursor, if it has just arrived.
+    arrived: &'m [Message<'m>],
     consumer: &'a mut Consumer,
     consumer_id: Option<ConsumerId>,
     now_unix_ms: u64,
@@ -46,7 +48,7 @@ struct Run<'a> {
     ended: Option<Turn>,
 }
 
-impl Run<'_> {
+impl Run<'_, '_> {
     /// Hands out plain messages, for as long as there is nothing else. Answers whether there may be more to hand out.
     ///
     /// Hot path: messages are read from the log by the dozen.
@@ -56,20 +58,29 @@ impl Run<'_> {
             return true;
         }
         loop {
-            let room = (self.limit - self.handed.messages).min(self.consumer.credit()).min(RUN_MESSAGES);
-            // Filled in place: to collect it would move all of it.
-            let mut run: SmallVec<[Message<'_>; RUN_MESSAGES]> = SmallVec::new();
-            run.extend(self.log.fresh_run().take_while(|message| message.extension.is_empty()).take(room));
-            if run.is_empty() {
-                return room > 0;
-            }
+            let room = (self.limit - self.handed.messages).min(self.consumer.credit());
             let first = self.log.next();
-            let (taken, offer) = writer.deliver_run(self.consumer.address, queue_position(self.level, first), &run);
-            for (seq, message) in (first..).zip(&run[..taken]) {
-                let body_bytes = message.body.len() as u64;
-                self.handed.add(seq, body_bytes, message.persistent, self.consumer.no_ack, self.written_to);
-            }
-            drop(run);
+            let (to, position) = (self.consumer.address, queue_position(self.level, first));
+            let (taken, offer) = if self.arrived.is_empty() {
+                // Filled in place: to collect it would move all of it.
+                let mut run: SmallVec<[Message<'_>; RUN_MESSAGES]> = SmallVec::new();
+                let plain = self.log.fresh_run().take_while(|message| message.extension.is_empty());
+                run.extend(plain.take(room.min(RUN_MESSAGES)));
+                if run.is_empty() {
+                    return room > 0;
+                }
+                let (taken, offer) = writer.deliver_run(to, position, &run);
+                self.handed.add_run(first, &run[..taken], self.consumer.no_ack, self.written_to);
+                (taken, offer)
+            } else if room == 0 {
+                return false;
+            } else {
+                let run = &self.arrived[..room.min(self.arrived.len())];
+                let (taken, offer) = writer.deliver_run(to, position, run);
+                self.handed.add_run(first, &run[..taken], self.consumer.no_ack, self.written_to);
+                self.arrived = &self.arrived[taken..];
+                (taken, offer)
+            };
             self.log.take_run(taken);
             if self.consumer.no_ack {
                 self.log.consume_range(first, first + taken as u64);
@@ -87,6 +98,7 @@ impl Run<'_> {
         if !self.hand_out_fresh(writer) {
             return;
         }
+        self.arrived = &[];
         while self.handed.messages < self.limit {
             let peek = match self.returned {
                 None => self.log.peek(&mut self.handed.lost),
@@ -133,11 +145,17 @@ impl Run<'_> {
 }
 
 impl QueueState {
-    /// Offers ready messages to consumers that can take them, round robin within the highest priority.
+    /// Offers ready messages to consumers that can take them, round robin within the highest priority. `arrived` is what
+    /// stands at the cursor, as far as that is known: it need not be read from the log.
     ///
     /// Hot path: under the queue's lock; takes the outbox of the consumer whose turn it is, once for a whole run while
     /// it is the only one ready.
-    pub(super) fn deliver_ready(&mut self, now_unix_ms: u64, effects: &mut Effects) -> Turn {
+    pub(super) fn deliver_ready<'m>(
+        &mut self,
+        mut arrived: &'m [Message<'m>],
+        now_unix_ms: u64,
+        effects: &mut Effects,
+    ) -> Turn {
         if self.deleted {
             return Turn::Idle;
         }
@@ -164,6 +182,7 @@ impl QueueState {
                 level: lane.level,
                 returned: returned.map(|(_, seq)| seq),
                 limit: if alone && returned.is_none() { budget } else { 1 },
+                arrived,
                 consumer,
                 consumer_id,
                 now_unix_ms,
@@ -177,8 +196,16 @@ impl QueueState {
                 last: Offer::Taken,
                 ended: None,
             };
-            let wake = port.with_writer(&mut |writer| run.hand_out(writer));
-            let Run { handed, last, ended, .. } = run;
+            let mut is_behind = false;
+            let wake = port.with_writer(&mut |writer| {
+                run.hand_out(writer);
+                is_behind = writer.is_behind();
+            });
+            let Run { handed, last, ended, arrived: rest, .. } = run;
+            arrived = rest;
+            if is_behind && effects.behind.is_none() {
+                effects.behind = Some(port.clone());
+            }
             if wake {
                 effects.wakes.push(port);
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{log::QueueLog, ranges::RangeSet, record};
 use crate::{
-    broker::memory::MemoryBudget,
+    broker::{memory::MemoryBudget, message::Message},
     store::{QueueId, QueueStateRecord, RoundBuilder, SEGMENT_RECORDS},
 };
 
@@ -126,6 +126,22 @@ impl Lane {
             self.durable.add(1, body_bytes);
             self.unwritten += 1;
         }
+    }
+
+    /// Counts messages that were appended.
+    #[inline]
+    pub fn appended_all(&mut self, messages: &[Message<'_>]) {
+        let (mut all, mut durable) = (Tally::default(), Tally::default());
+        for message in messages {
+            let body_bytes = message.body.len() as u64;
+            all.add(1, body_bytes);
+            if message.persistent {
+                durable.add(1, body_bytes);
+            }
+        }
+        self.ready.add(all.messages, all.bytes);
+        self.durable.add(durable.messages, durable.bytes);
+        self.unwritten += durable.messages;
     }
 
     /// Counts messages that went from ready to handed out (or consumed at once, with `no_ack`). Their positions have left the
@@ -336,6 +352,7 @@ impl Lane {
 }
 
 /// Handed-out messages that follow each other in a lane and are settled together.
+#[derive(Clone, Copy, Debug)]
 pub struct SettledRun {
     pub first: u64,
     pub end: u64,
@@ -358,6 +375,14 @@ pub struct HandedOut {
 }
 
 impl HandedOut {
+    /// [`HandedOut::add`] of messages side by side, `first` being the position of the first.
+    #[inline]
+    pub fn add_run(&mut self, first: u64, messages: &[Message<'_>], no_ack: bool, written_to: u64) {
+        for (seq, message) in (first..).zip(messages) {
+            self.add(seq, message.body.len() as u64, message.persistent, no_ack, written_to);
+        }
+    }
+
     #[inline]
     pub fn add(&mut self, seq: u64, body_bytes: u64, durable: bool, no_ack: bool, written_to: u64) {
         self.messages += 1;

@@ -134,6 +134,28 @@ impl QueueLog {
         seq
     }
 
+    /// [`QueueLog::append`] of a run.
+    #[inline]
+    pub fn append_run(&mut self, messages: &[Message<'_>], now_unix_ms: u64) {
+        let mut rest = messages;
+        while let Some((first, after)) = rest.split_first() {
+            // A new chunk is begun, and what is not plain appended, message by message.
+            self.append(first, now_unix_ms, || rest.iter().map(record::encoded_len).sum());
+            rest = after;
+            if let Some(chunk) = self.chunks.back_mut() {
+                let count = chunk.append_run(rest, now_unix_ms);
+                self.tail += count as u64;
+                rest = &rest[count..];
+            }
+        }
+    }
+
+    /// Whether what is appended next will stand at the cursor.
+    #[inline]
+    pub fn is_drained(&self) -> bool {
+        self.next == self.tail && self.returned.is_empty()
+    }
+
     #[inline]
     fn chunk_index(&self, seq: u64) -> Option<usize> {
         let front = self.chunks.front()?;

@@ -15,6 +15,7 @@
 //! How messages enter: `arriving`; how they leave other than by an ack: `leaving`. Delivery tags and `multiple`:
 //! `session`. Matching: `broker::exchange`. File formats: `store`.
 
+mod acking;
 mod arriving;
 mod attempts;
 pub(super) mod checkouts;
@@ -49,6 +50,7 @@ pub use record::SHARED_BODY_BYTES;
 pub use state::Counts;
 
 use self::{
+    acking::Postbox,
     arriving::QueueDedup,
     lane::Lane,
     state::{Next, QueueState, Turn},
@@ -58,6 +60,7 @@ use super::{
     arguments::QueueType,
     delay::{Delays, Origin, delays_of},
     environment::Environment,
+    message::Message,
     port::{Address, Effects, Offer, Port},
     rules::{QueueRules, QueueTraits},
     stream::{ReaderOptions, Stream},
@@ -141,11 +144,15 @@ pub struct Queue {
     may_reject: AtomicBool,
     /// Messages are looked into when they arrive: some wait, or are dropped as duplicates.
     is_particular: bool,
+    /// Positions are all there is to an acknowledgement.
+    acks_in_runs: bool,
     /// What waits, with `x-delayed`. Locked within the state.
     delays: Option<Arc<Delays>>,
     /// Everything of a stream; `state` is of no use then.
     stream: Option<Arc<Stream>>,
     state: Mutex<QueueState>,
+    /// Acknowledgements for whoever holds the state now. Locked within the state, or alone.
+    postbox: Mutex<Postbox>,
     this: Weak<Queue>,
 }
 
@@ -208,6 +215,9 @@ impl Queue {
         let may_reject = AtomicBool::new(state.may_reject());
         let queue = Arc::new_cyclic(|this| Queue {
             is_particular,
+            acks_in_runs: traits.queue_type == QueueType::Classic
+                && traits.max_priority == 0
+                && traits.message_group.is_none(),
             delays: traits.delayed.then(|| delays_of(id, this.clone(), &environment, origin)),
             options,
             traits,
@@ -216,6 +226,7 @@ impl Queue {
             may_reject,
             stream,
             state: Mutex::new(state),
+            postbox: Mutex::default(),
             this: this.clone(),
         });
         queue.begin();
@@ -257,8 +268,19 @@ impl Queue {
     }
 
     fn deliver_locked(self: &Arc<Self>, state: &mut QueueState, now_unix_ms: u64, effects: &mut Effects) {
+        self.deliver_arrived(state, &[], now_unix_ms, effects);
+    }
+
+    /// Hands out what consumers can take, `arrived` being what stands at the cursor, as far as that is known.
+    fn deliver_arrived(
+        self: &Arc<Self>,
+        state: &mut QueueState,
+        mut arrived: &[Message<'_>],
+        now_unix_ms: u64,
+        effects: &mut Effects,
+    ) {
         loop {
-            match state.deliver_ready(now_unix_ms, effects) {
+            match state.deliver_ready(std::mem::take(&mut arrived), now_unix_ms, effects) {
                 Turn::Idle => break,
                 Turn::Again => {
                     self.bury_expired_parked(state, effects);
@@ -303,46 +325,6 @@ impl Queue {
         self.note_changes(&mut state);
         self.schedule(&mut state);
         answered
-    }
-
-    /// Applies settlements of deliveries that `consumer` (`None` for `basic.get`) had, then hands out what that freed. Answers
-    /// the round that takes what changed in the store, 0 if nothing did.
-    pub fn settle(
-        self: &Arc<Self>,
-        consumer: Option<ConsumerId>,
-        deliveries: &[Settled],
-        how: Settlement,
-        effects: &mut Effects,
-    ) -> Round {
-        if let Some(stream) = &self.stream {
-            return stream.settle(consumer, deliveries, effects);
-        }
-        let mut state = self.open();
-        if state.deleted {
-            return 0;
-        }
-        let late = match how {
-            Settlement::Acked => state.ack(consumer, deliveries),
-            _ => self.settle_undone(&mut state, consumer, deliveries, how, effects),
-        };
-        if state.unacked.messages == 0 && state.checkouts.is_some() && state.rules.expires_ms.is_some() {
-            state.last_used_unix_ms = clock::now_unix_ms();
-            state.renew_lease();
-        }
-        if let Some(id) = consumer {
-            state.consumers.settled(id, deliveries.len() as u32, late);
-        }
-        if state.can_deliver() {
-            let now = clock::now_unix_ms();
-            self.deliver_locked(&mut state, now, effects);
-        } else {
-            self.note_changes(&mut state);
-        }
-        if how != Settlement::Acked {
-            self.enforce_limits(&mut state, effects);
-        }
-        self.schedule(&mut state);
-        state.dirty.unwrap_or(0)
     }
 
     /// Adds a consumer and starts delivering to it.

@@ -56,6 +56,15 @@ pub fn encode(out: &mut Vec<u8>, message: &Message<'_>, now_unix_ms: u64) {
     }
 }
 
+/// Appends `message`, which [is like](Message::is_like) the one whose record begins at `like`; both are made in the same
+/// millisecond.
+#[inline(always)]
+pub fn encode_like(out: &mut Vec<u8>, like: usize, message: &Message<'_>) {
+    let body = message.body.as_slice();
+    out.extend_from_within(like..like + encoded_len(message) - body.len());
+    out.extend_from_slice(body);
+}
+
 /// Bytes [`encode`] appends.
 #[inline]
 pub fn encoded_len(message: &Message<'_>) -> usize {

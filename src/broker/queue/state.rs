@@ -10,7 +10,7 @@ use super::{
     checkouts::Checkouts,
     consumers::{ConsumerRing, Sharing},
     groups::{GroupKey, Groups, Parked},
-    lane::{HandedOut, Lane, SettledRun, Tally},
+    lane::{HandedOut, Lane, Tally},
     lanes::{Lanes, lane_position, queue_position},
     log::{Peek, QueueLog},
 };
@@ -326,31 +326,6 @@ impl QueueState {
         offer
     }
 
-    /// Ends messages that were handed out: the plain case of [`Settlement::Acked`]. Answers how many came too late.
-    #[inline]
-    pub(super) fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) -> u32 {
-        let is_plain = self.checkouts.is_none() && self.groups.is_none() && self.attempts.is_empty();
-        if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
-            let (mut rest, mut bytes) = (deliveries, 0);
-            while let Some((run, after)) = take_run(rest) {
-                bytes += run.body_bytes;
-                lane.consume_run(&run);
-                rest = after;
-            }
-            self.unacked.sub(deliveries.len() as u64, bytes);
-            return 0;
-        }
-        let mut late = 0;
-        for delivery in deliveries {
-            if self.check_in(consumer, delivery) {
-                self.finish(delivery);
-            } else {
-                late += 1;
-            }
-        }
-        late
-    }
-
     /// Counts a delivery as settled; `false` when the consumer does not hold it any more.
     #[inline]
     pub(super) fn check_in(&mut self, consumer: Option<ConsumerId>, delivery: &Settled) -> bool {
@@ -450,22 +425,6 @@ impl QueueState {
     pub(super) fn log(&mut self, level: u8) -> &mut QueueLog {
         &mut self.lanes.at_level(level).log
     }
-}
-
-/// The deliveries at the front that follow each other in the log and are alike, and those behind them.
-#[inline]
-fn take_run(deliveries: &[Settled]) -> Option<(SettledRun, &[Settled])> {
-    let (first, mut rest) = deliveries.split_first()?;
-    let (mut end, mut body_bytes) = (first.seq + 1, u64::from(first.body_bytes));
-    while let Some((next, after)) = rest.split_first()
-        && next.seq == end
-        && next.persistent == first.persistent
-    {
-        end += 1;
-        body_bytes += u64::from(next.body_bytes);
-        rest = after;
-    }
-    Some((SettledRun { first: first.seq, end, body_bytes, durable: first.persistent }, rest))
 }
 
 /// Whether a message was dead-lettered after a failed delivery: it counts as redelivered from the start, as in RabbitMQ.

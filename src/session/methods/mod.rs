@@ -140,6 +140,10 @@ impl Session {
             Mode::Plain => channel.mode = Mode::Confirm { published: 0 },
             Mode::Confirm { .. } => {}
         }
+        if !std::mem::replace(&mut self.confirms, true) {
+            // What was acknowledged so far is in no later round.
+            self.settled = self.broker.open_round();
+        }
         Ok(unless(no_wait, AMQPClass::Confirm(confirm::AMQPMethod::SelectOk(confirm::SelectOk {}))))
     }
 

@@ -107,8 +107,12 @@ impl ChannelOut {
         }
     }
 
-    pub(super) fn note_settled(&mut self, channel: u16, unacked: &Unacked, batch: &mut SettleBatch) {
-        note_settled(&mut self.slots, &mut self.free_slots, channel, unacked, batch);
+    /// Sorts deliveries that are in the unacked ring no more into `batch`.
+    pub(super) fn note_settled(&mut self, channel: u16, unacked: &[Unacked], batch: &mut SettleBatch) {
+        let ChannelOut { slots, free_slots: free, .. } = self;
+        let mut run = OpenRun { slots, free, channel, slot: 0, count: 0, batch };
+        unacked.iter().for_each(|unacked| run.add(unacked));
+        run.end();
     }
 
     pub(super) fn take_blocked(&mut self, unblocked: &mut Unblocked) {
@@ -147,45 +151,52 @@ impl ChannelOut {
     }
 }
 
-#[inline]
-fn note_settled(
-    slots: &mut [Option<Slot>],
-    free: &mut Vec<u32>,
+/// Deliveries of one slot, on their way from the unacked ring into a batch.
+struct OpenRun<'a> {
+    slots: &'a mut [Option<Slot>],
+    free: &'a mut Vec<u32>,
     channel: u16,
-    unacked: &Unacked,
-    batch: &mut SettleBatch,
-) {
-    batch.push(unacked);
-    end_run(slots, free, channel, (unacked.slot, 1), batch);
+    slot: u32,
+    count: u32,
+    batch: &'a mut SettleBatch,
 }
 
-/// Sorts the last `count` deliveries of `batch`, all of the slot `index`, into its runs.
-#[inline]
-fn end_run(
-    slots: &mut [Option<Slot>],
-    free: &mut Vec<u32>,
-    channel: u16,
-    (index, count): (u32, u32),
-    batch: &mut SettleBatch,
-) {
-    let end = batch.deliveries.len();
-    let Some(entry @ Some(_)) = slots.get_mut(index as usize) else {
-        return batch.deliveries.truncate(end - count as usize);
-    };
-    let Some(slot) = entry.as_mut() else { return };
-    slot.unacked = slot.unacked.saturating_sub(count);
-    match batch.runs.last_mut() {
-        Some(run) if batch.last_slot == Some((channel, index)) => run.2 = end,
-        _ => {
-            let Some(queue) = slot.queue.clone() else { return };
-            batch.runs.push((queue, slot.consumer, end));
-            batch.last_slot = Some((channel, index));
+impl OpenRun<'_> {
+    #[inline]
+    fn add(&mut self, unacked: &Unacked) {
+        if unacked.slot != self.slot {
+            self.end();
+            self.slot = unacked.slot;
         }
+        self.batch.push(unacked);
+        self.count += 1;
     }
-    if slot.cancelled && slot.unacked == 0 {
-        *entry = None;
-        free.push(index);
-        batch.last_slot = None;
+
+    /// Sorts what was added since the last call into the batch's runs.
+    #[inline]
+    fn end(&mut self) {
+        let (count, end) = (std::mem::take(&mut self.count), self.batch.deliveries.len());
+        if count == 0 {
+            return;
+        }
+        let Some(entry @ Some(_)) = self.slots.get_mut(self.slot as usize) else {
+            return self.batch.deliveries.truncate(end - count as usize);
+        };
+        let Some(slot) = entry.as_mut() else { return };
+        slot.unacked = slot.unacked.saturating_sub(count);
+        match self.batch.runs.last_mut() {
+            Some(run) if self.batch.last_slot == Some((self.channel, self.slot)) => run.2 = end,
+            _ => {
+                let Some(queue) = slot.queue.clone() else { return };
+                self.batch.runs.push((queue, slot.consumer, end));
+                self.batch.last_slot = Some((self.channel, self.slot));
+            }
+        }
+        if slot.cancelled && slot.unacked == 0 {
+            *entry = None;
+            self.free.push(self.slot);
+            self.batch.last_slot = None;
+        }
     }
 }
 
@@ -204,7 +215,9 @@ impl Settler<'_> {
     pub fn settle(&mut self, tag: u64, multiple: bool, batch: &mut SettleBatch) -> Result<(), UnknownDeliveryTag> {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        unacked.settle(tag, multiple, |unacked| note_settled(slots, free_slots, self.channel, &unacked, batch))?;
+        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, batch };
+        unacked.settle(tag, multiple, |unacked| run.add(&unacked))?;
+        run.end();
         if out.prefetch > 0 {
             out.take_blocked(&mut batch.unblocked);
         }
@@ -217,18 +230,9 @@ impl Settler<'_> {
     pub fn settle_each(&mut self, first: u64, count: usize, batch: &mut SettleBatch) -> bool {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return false };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        let mut run = (0, 0);
-        let settled = unacked.settle_each(first, count, |unacked| {
-            if run.0 != unacked.slot && run.1 > 0 {
-                end_run(slots, free_slots, self.channel, run, batch);
-                run.1 = 0;
-            }
-            batch.push(&unacked);
-            run = (unacked.slot, run.1 + 1);
-        });
-        if run.1 > 0 {
-            end_run(slots, free_slots, self.channel, run, batch);
-        }
+        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, batch };
+        let settled = unacked.settle_each(first, count, |unacked| run.add(&unacked));
+        run.end();
         if settled && out.prefetch > 0 {
             out.take_blocked(&mut batch.unblocked);
         }

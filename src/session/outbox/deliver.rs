@@ -127,31 +127,33 @@ impl Inner {
 }
 
 impl Inner {
-    /// Writes the deliveries at the front of `messages` that differ from the one just written in nothing but tag and body.
-    /// Answers how many.
+    /// Writes the deliveries at the front of `messages`, `first` being the position of the first, that differ from the one just
+    /// written in nothing but tag, position and body. Answers how many.
     ///
     /// Hot path: a copy of the frames, with the tag and the body put into it.
-    fn repeat(&mut self, to: Address, written: &Message<'_>, messages: &[Message<'_>]) -> usize {
+    fn repeat(&mut self, to: Address, written: &Message<'_>, first: u64, messages: &[Message<'_>]) -> usize {
         let template = &mut self.template;
         if template.to != Some(to) || template.redelivered || template.body_len != written.body.len() || self.tracing {
             return 0;
         }
         let Some(channel) = self.channels.get_mut(to.channel) else { return 0 };
-        if !matches!(channel.slots.get(to.slot as usize), Some(Some(slot)) if slot.no_ack) {
-            return 0;
-        }
+        let Some(Some(slot)) = channel.slots.get_mut(to.slot as usize) else { return 0 };
         let bytes_each = template.bytes.len() + template.body_len + 1;
-        let room = HIGH_WATER_BYTES.saturating_sub(self.out.len()).div_ceil(bytes_each);
-        // They come from one read buffer and one publisher, so what is alike mostly is the same.
-        let is_like = |message: &&Message<'_>| {
-            std::ptr::eq(message.names, written.names)
-                && std::ptr::eq(message.properties, written.properties)
-                && matches!(message.body, Body::Inline(body) if body.len() == template.body_len)
-        };
-        let count = messages.iter().take(room).take_while(is_like).count();
+        let mut room = HIGH_WATER_BYTES.saturating_sub(self.out.len()).div_ceil(bytes_each);
+        if !slot.no_ack && channel.prefetch > 0 {
+            room = room.min(usize::from(channel.prefetch).saturating_sub(channel.unacked.len()));
+        }
+        let count = messages.iter().take(room).take_while(|message| message.is_like(written)).count();
+        let messages = &messages[..count];
+        if !slot.no_ack {
+            slot.unacked += count as u32;
+            let (tag, body_len, persistent) = (channel.last_tag + 1, template.body_len, written.persistent);
+            let unacked = |at| Unacked::new(tag + at, first + at, to.slot, body_len, persistent);
+            channel.unacked.extend((0..count).map(|at| unacked(at as u64)));
+        }
         let bytes = &mut self.out.bytes;
         bytes.reserve(count * bytes_each);
-        for message in &messages[..count] {
+        for message in messages {
             channel.last_tag += 1;
             template.bytes[template.tag_at..template.tag_at + 8].copy_from_slice(&channel.last_tag.to_be_bytes());
             bytes.extend_from_slice(&template.bytes);
@@ -191,32 +193,17 @@ impl DeliveryWriter for Inner {
     }
 
     #[inline]
-    fn deliver_all(&mut self, to: Address, messages: &[Message<'_>]) -> (usize, Offer) {
+    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
         let mut taken = 0;
         while let Some(&message) = messages.get(taken) {
-            let offer = self.deliver(&Delivery { to, seq: 0, redelivered: false, message });
+            let offer = self.deliver(&Delivery { to, seq: first + taken as u64, redelivered: false, message });
             if offer != Offer::Taken {
                 return (taken, offer);
             }
             taken += 1;
-            taken += self.repeat(to, &message, &messages[taken..]);
+            taken += self.repeat(to, &message, first + taken as u64, &messages[taken..]);
         }
         (taken, Offer::Taken)
-    }
-
-    #[inline]
-    fn deliver_run(&mut self, to: Address, first: u64, messages: &[Message<'_>]) -> (usize, Offer) {
-        for (taken, (seq, &message)) in (first..).zip(messages).enumerate() {
-            let delivery = Delivery { to, seq, redelivered: false, message };
-            let offer = self.offer(&delivery, None);
-            if offer != Offer::Taken {
-                return (taken, offer);
-            }
-            if self.tracing {
-                self.note_trace(&delivery);
-            }
-        }
-        (messages.len(), Offer::Taken)
     }
 
     fn is_behind(&self) -> bool {

@@ -430,7 +430,7 @@ impl Outbox {
     pub fn take_unacked(&self, channel: u16, batch: &mut SettleBatch) {
         if let Some(out) = self.inner.lock().channels.get_mut(channel) {
             let all: Vec<Unacked> = out.unacked.drain().collect();
-            all.iter().for_each(|unacked| out.note_settled(channel, unacked, batch));
+            out.note_settled(channel, &all, batch);
             out.take_blocked(&mut batch.unblocked);
         }
     }
@@ -445,7 +445,7 @@ impl Outbox {
     /// Sorts deliveries that a transaction has settled into `batch`.
     pub fn settle_taken(&self, channel: u16, unacked: &[Unacked], batch: &mut SettleBatch) {
         if let Some(out) = self.inner.lock().channels.get_mut(channel) {
-            unacked.iter().for_each(|unacked| out.note_settled(channel, unacked, batch));
+            out.note_settled(channel, unacked, batch);
             if out.prefetch > 0 {
                 out.take_blocked(&mut batch.unblocked);
             }
