@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use leveret::broker::{
     Address, Body, Consumer, ConsumerId, Delivery, DeliveryWriter, Effects, Message, Offer, Port, Queue, Settled,
-    Settlement, encode_names,
+    SettledRun, Settlement, encode_names,
 };
 use parking_lot::Mutex;
 
@@ -20,7 +20,7 @@ struct Client(Mutex<Deliveries>);
 
 #[derive(Default)]
 struct Deliveries {
-    settled: Vec<Settled>,
+    settled: Vec<SettledRun>,
     /// Offers are refused.
     full: bool,
 }
@@ -31,7 +31,7 @@ impl DeliveryWriter for Deliveries {
             return Offer::Blocked;
         }
         let body_bytes = delivery.message.body.len() as u32;
-        self.settled.push(Settled { seq: delivery.seq, body_bytes, persistent: delivery.message.persistent });
+        self.settled.push(Settled { seq: delivery.seq, body_bytes, persistent: delivery.message.persistent }.into());
         Offer::Taken
     }
 

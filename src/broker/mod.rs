@@ -52,7 +52,7 @@ pub use self::{
     port::{Address, Delivery, DeliveryWriter, DyingMessage, Effects, Offer, Port, TimedOut},
     queue::{
         ConnectionId, Consumer, ConsumerId, Counts, DeletedQueue, Outcome, Queue, QueueOptions, SHARED_BODY_BYTES,
-        Settled, Settlement,
+        Settled, SettledRun, Settlement,
     },
     reply::{REPLY_TO, ReplyRegistry, ReplyTarget},
     stream::ReaderOptions,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use parking_lot::MutexGuard;
 use smallvec::SmallVec;
 
-use super::{ConsumerId, Queue, Settled, Settlement, lane::SettledRun, state::QueueState};
+use super::{ConsumerId, Queue, SettledRun, Settlement, lane::ConsumedRun, state::QueueState};
 use crate::{broker::port::Effects, clock, store::Round};
 
 /// Runs that are left in the postbox at a time. Who has more waits: they are work, wherever it is done.
@@ -20,13 +20,13 @@ const POSTBOX_TURNS: u32 = 8;
 /// A publisher of fewer messages holds the state too briefly for somebody to come by.
 const ATTENDED_MESSAGES: usize = 8;
 
-type Runs = SmallVec<[SettledRun; POSTED_RUNS]>;
+type Runs = SmallVec<[ConsumedRun; POSTED_RUNS]>;
 
 /// See the module.
 #[derive(Default)]
 pub(super) struct Postbox {
-    is_open: bool,
-    runs: Vec<(Option<ConsumerId>, SettledRun)>,
+    pub is_open: bool,
+    pub runs: Vec<(Option<ConsumerId>, ConsumedRun)>,
 }
 
 /// The state of a queue, held by somebody who attends to its postbox.
@@ -72,27 +72,27 @@ impl Queue {
     pub fn settle(
         self: &Arc<Self>,
         consumer: Option<ConsumerId>,
-        deliveries: &[Settled],
+        runs: &[SettledRun],
         how: Settlement,
         effects: &mut Effects,
     ) -> Round {
         if let Some(stream) = &self.stream {
-            return stream.settle(consumer, deliveries, effects);
+            return stream.settle(consumer, runs, effects);
         }
         let mut state = self.open();
         if state.deleted {
             return 0;
         }
         let late = match how {
-            Settlement::Acked => state.ack(consumer, deliveries),
-            _ => self.settle_undone(&mut state, consumer, deliveries, how, effects),
+            Settlement::Acked => state.ack(consumer, runs),
+            _ => self.settle_undone(&mut state, consumer, runs, how, effects),
         };
         if state.unacked.messages == 0 && state.checkouts.is_some() && state.rules.expires_ms.is_some() {
             state.last_used_unix_ms = clock::now_unix_ms();
             state.renew_lease();
         }
         if let Some(id) = consumer {
-            state.consumers.settled(id, deliveries.len() as u32, late);
+            state.consumers.settled(id, runs.iter().map(|run| run.count).sum(), late);
         }
         self.after_acks(&mut state, effects);
         if how != Settlement::Acked {
@@ -105,19 +105,14 @@ impl Queue {
     /// [`Queue::settle`] of acknowledged deliveries, where nobody asks for the round.
     ///
     /// Hot path: what can be done without the state is; a publisher that holds it now does the rest.
-    pub fn acknowledge(
-        self: &Arc<Self>,
-        consumer: Option<ConsumerId>,
-        deliveries: &[Settled],
-        effects: &mut Effects,
-    ) {
-        let runs = if self.acks_in_runs { runs_of(deliveries) } else { None };
-        let Some(runs) = runs else {
-            self.settle(consumer, deliveries, Settlement::Acked, effects);
+    pub fn acknowledge(self: &Arc<Self>, consumer: Option<ConsumerId>, runs: &[SettledRun], effects: &mut Effects) {
+        let consumed = if self.acks_in_runs { consumed_runs(runs) } else { None };
+        let Some(consumed) = consumed else {
+            self.settle(consumer, runs, Settlement::Acked, effects);
             return;
         };
-        let Some(mut state) = self.open_or_post(consumer, &runs) else { return };
-        for run in &runs {
+        let Some(mut state) = self.open_or_post(consumer, &consumed) else { return };
+        for run in &consumed {
             state.ack_run(consumer, run);
         }
         self.after_acks(&mut state, effects);
@@ -161,22 +156,21 @@ impl Queue {
 impl QueueState {
     /// Ends messages that were handed out: the plain case of [`Settlement::Acked`]. Answers how many came too late.
     #[inline]
-    fn ack(&mut self, consumer: Option<ConsumerId>, deliveries: &[Settled]) -> u32 {
+    fn ack(&mut self, consumer: Option<ConsumerId>, runs: &[SettledRun]) -> u32 {
         let is_plain = self.checkouts.is_none() && self.groups.is_none() && self.attempts.is_empty();
         if let (true, Some(lane)) = (is_plain, self.lanes.only()) {
-            let (mut rest, mut bytes) = (deliveries, 0);
-            while let Some((run, after)) = take_run(rest) {
-                bytes += run.body_bytes;
+            let mut rest = runs;
+            while let Some((run, after)) = join(rest) {
                 lane.consume_run(&run);
+                self.unacked.sub(run.end - run.first, run.body_bytes);
                 rest = after;
             }
-            self.unacked.sub(deliveries.len() as u64, bytes);
             return 0;
         }
         let mut late = 0;
-        for delivery in deliveries {
-            if self.check_in(consumer, delivery) {
-                self.finish(delivery);
+        for delivery in runs.iter().flat_map(|run| run.each()) {
+            if self.check_in(consumer, &delivery) {
+                self.finish(&delivery);
             } else {
                 late += 1;
             }
@@ -186,7 +180,7 @@ impl QueueState {
 
     /// Ends messages of a queue that [takes acknowledgements in runs](Queue::acks_in_runs).
     #[inline]
-    fn ack_run(&mut self, consumer: Option<ConsumerId>, run: &SettledRun) {
+    fn ack_run(&mut self, consumer: Option<ConsumerId>, run: &ConsumedRun) {
         if self.deleted {
             return;
         }
@@ -204,31 +198,32 @@ impl QueueState {
     }
 }
 
-/// The deliveries as runs, if they are few.
-fn runs_of(deliveries: &[Settled]) -> Option<Runs> {
-    let (mut runs, mut rest) = (Runs::new(), deliveries);
-    while let Some((run, after)) = take_run(rest) {
-        if runs.len() == POSTED_RUNS {
+/// The runs joined to as few as there can be, if these are few.
+fn consumed_runs(runs: &[SettledRun]) -> Option<Runs> {
+    let (mut joined, mut rest) = (Runs::new(), runs);
+    while let Some((run, after)) = join(rest) {
+        if joined.len() == POSTED_RUNS {
             return None;
         }
-        runs.push(run);
+        joined.push(run);
         rest = after;
     }
-    Some(runs)
+    Some(joined)
 }
 
-/// The deliveries at the front that follow each other in the log and are alike, and those behind them.
+/// The runs at the front that follow each other in the log and are all durable or not, as one, and those behind them.
 #[inline]
-fn take_run(deliveries: &[Settled]) -> Option<(SettledRun, &[Settled])> {
-    let (first, mut rest) = deliveries.split_first()?;
-    let (mut end, mut body_bytes) = (first.seq + 1, u64::from(first.body_bytes));
+fn join(runs: &[SettledRun]) -> Option<(ConsumedRun, &[SettledRun])> {
+    let bytes_of = |run: &SettledRun| u64::from(run.count) * u64::from(run.body_bytes);
+    let (first, mut rest) = runs.split_first()?;
+    let (mut end, mut body_bytes) = (first.seq + u64::from(first.count), bytes_of(first));
     while let Some((next, after)) = rest.split_first()
         && next.seq == end
         && next.persistent == first.persistent
     {
-        end += 1;
-        body_bytes += u64::from(next.body_bytes);
+        end += u64::from(next.count);
+        body_bytes += bytes_of(next);
         rest = after;
     }
-    Some((SettledRun { first: first.seq, end, body_bytes, durable: first.persistent }, rest))
+    Some((ConsumedRun { first: first.seq, end, body_bytes, durable: first.persistent }, rest))
 }

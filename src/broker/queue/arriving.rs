@@ -355,9 +355,8 @@ impl QueueState {
     /// Hot path: what an ordinary queue and ordinary messages need is decided once a run.
     fn append_all(&mut self, messages: &[Message<'_>], now_unix_ms: u64) -> bool {
         let persistence = self.persistence();
-        let is_plain = |message: &Message<'_>| {
-            message.extension.is_empty() && persistence.keeps(message) == message.persistent
-        };
+        let is_plain =
+            |message: &Message<'_>| message.extension.is_empty() && persistence.keeps(message) == message.persistent;
         let plain = self.traits.max_priority == 0 && self.rules.message_ttl_ms.is_none();
         let mut appended = 0;
         let mut is_next = false;

@@ -1,11 +1,10 @@
 //! Delivery from an ordinary queue: what is ready goes to whose turn it is.
 
-use smallvec::SmallVec;
-
 use super::{
     ConsumerId,
     attempts::Attempts,
     checkouts::Checkouts,
+    chunk::{PlainRun, RUN_MESSAGES},
     consumers::Consumer,
     lane::HandedOut,
     lanes::queue_position,
@@ -19,8 +18,6 @@ use crate::broker::{
 };
 use crate::clock;
 
-/// Messages read from the log at a time.
-const RUN_MESSAGES: usize = 64;
 /// Deliveries in one go before the lock is given up.
 const DELIVERY_BUDGET: usize = 16 << 10;
 
@@ -62,10 +59,8 @@ impl Run<'_, '_> {
             let first = self.log.next();
             let (to, position) = (self.consumer.address, queue_position(self.level, first));
             let (taken, offer) = if self.arrived.is_empty() {
-                // Filled in place: to collect it would move all of it.
-                let mut run: SmallVec<[Message<'_>; RUN_MESSAGES]> = SmallVec::new();
-                let plain = self.log.fresh_run().take_while(|message| message.extension.is_empty());
-                run.extend(plain.take(room.min(RUN_MESSAGES)));
+                let mut run = PlainRun::new();
+                self.log.fresh_run(room.min(RUN_MESSAGES), &mut run);
                 if run.is_empty() {
                     return room > 0;
                 }

@@ -198,8 +198,8 @@ impl Lane {
 
     /// Ends handed-out messages whose positions follow each other, all of them durable or none.
     #[inline]
-    pub fn consume_run(&mut self, run: &SettledRun) {
-        let SettledRun { first, end, body_bytes, durable } = *run;
+    pub fn consume_run(&mut self, run: &ConsumedRun) {
+        let ConsumedRun { first, end, body_bytes, durable } = *run;
         self.log.consume_range(first, end);
         if !durable {
             return;
@@ -351,9 +351,9 @@ impl Lane {
     }
 }
 
-/// Handed-out messages that follow each other in a lane and are settled together.
+/// Handed-out messages that follow each other in a lane and end together.
 #[derive(Clone, Copy, Debug)]
-pub struct SettledRun {
+pub struct ConsumedRun {
     pub first: u64,
     pub end: u64,
     pub body_bytes: u64,

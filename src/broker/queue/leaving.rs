@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{
-    ConsumerId, Queue, Settled, Settlement,
+    ConsumerId, Queue, Settled, SettledRun, Settlement,
     checkouts::OverdueHolder,
     lane::Tally,
     lanes::queue_position,
@@ -268,14 +268,14 @@ impl Queue {
         self: &Arc<Self>,
         state: &mut QueueState,
         consumer: Option<ConsumerId>,
-        deliveries: &[Settled],
+        runs: &[SettledRun],
         how: Settlement,
         effects: &mut Effects,
     ) -> u32 {
         let now = if state.counts_attempts() { clock::ceil_unix_ms() } else { 0 };
         let mut late = 0;
-        for delivery in deliveries {
-            if !state.check_in(consumer, delivery) {
+        for delivery in runs.iter().flat_map(|run| run.each()) {
+            if !state.check_in(consumer, &delivery) {
                 late += 1;
                 continue;
             }
@@ -285,9 +285,9 @@ impl Queue {
                         state.attempts.count(delivery.seq, true);
                     }
                     let failures = state.attempts.failures(delivery.seq);
-                    self.bury(state, delivery, (DeathReason::Rejected, failures), None, effects);
+                    self.bury(state, &delivery, (DeathReason::Rejected, failures), None, effects);
                 }
-                _ => self.put_back(state, delivery, how, now, effects),
+                _ => self.put_back(state, &delivery, how, now, effects),
             }
         }
         late

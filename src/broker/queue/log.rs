@@ -10,7 +10,11 @@ use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
 
-use super::{chunk::Chunk, ranges::RangeSet, record};
+use super::{
+    chunk::{Chunk, PlainRun},
+    ranges::RangeSet,
+    record,
+};
 use crate::{
     broker::{memory::MemoryBudget, message::Message},
     store::EachSplitRecord,
@@ -200,12 +204,16 @@ impl QueueLog {
         }
     }
 
-    /// The messages at the cursor that are in memory side by side and were never handed out, as far as that is plain to see.
+    /// Adds the messages at the cursor to `run`, at most `limit`, that are in memory side by side and were never handed out, as
+    /// far as that is plain to see.
     #[inline]
-    pub fn fresh_run(&self) -> impl Iterator<Item = Message<'_>> {
-        let is_plain = self.returned.is_empty() && !self.consumed_ahead;
-        let index = if is_plain { self.chunk_index(self.next) } else { None };
-        index.into_iter().flat_map(|index| self.chunks[index].messages(self.next))
+    pub fn fresh_run<'a>(&'a self, limit: usize, run: &mut PlainRun<'a>) {
+        if self.returned.is_empty()
+            && !self.consumed_ahead
+            && let Some(index) = self.chunk_index(self.next)
+        {
+            self.chunks[index].plain_run(self.next, limit, run);
+        }
     }
 
     /// Moves the cursor past `count` messages that [`QueueLog::fresh_run`] has just answered.

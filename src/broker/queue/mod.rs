@@ -98,6 +98,41 @@ pub struct Settled {
     pub persistent: bool,
 }
 
+/// Deliveries with positions in a row and otherwise alike, which their consumer has settled.
+#[derive(Clone, Copy, Debug)]
+pub struct SettledRun {
+    /// The position of the first.
+    pub seq: u64,
+    pub count: u32,
+    /// Of each.
+    pub body_bytes: u32,
+    pub persistent: bool,
+}
+
+impl SettledRun {
+    /// Whether `next` continues it.
+    #[inline]
+    pub fn joins(&self, next: &SettledRun) -> bool {
+        self.seq + u64::from(self.count) == next.seq
+            && self.body_bytes == next.body_bytes
+            && self.persistent == next.persistent
+            && self.count.checked_add(next.count).is_some()
+    }
+
+    /// One by one.
+    pub fn each(self) -> impl Iterator<Item = Settled> {
+        let SettledRun { seq, count, body_bytes, persistent } = self;
+        (0..u64::from(count)).map(move |at| Settled { seq: seq + at, body_bytes, persistent })
+    }
+}
+
+impl From<Settled> for SettledRun {
+    fn from(settled: Settled) -> Self {
+        let Settled { seq, body_bytes, persistent } = settled;
+        SettledRun { seq, count: 1, body_bytes, persistent }
+    }
+}
+
 /// How a run of deliveries was settled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settlement {

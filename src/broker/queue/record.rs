@@ -124,6 +124,18 @@ pub fn decode<'a>(record: &'a [u8], shared: Option<&'a Bytes>) -> Option<Message
     Some(Message { names, properties, body, persistent: head.persistent, extension })
 }
 
+/// [`decode`] of a record that differs from `before` in nothing but the time and the bytes of its body; `message` is what that
+/// one was read as, with the body inside. `None` when it differs in more.
+#[inline]
+pub fn decode_like<'a>(record: &'a [u8], before: &[u8], message: &Message<'a>) -> Option<Message<'a>> {
+    let body_at = record.len().checked_sub(message.body.len())?;
+    let is_like = record.len() == before.len()
+        && message.extension.is_empty()
+        && record.first_chunk::<8>()? == before.first_chunk::<8>()?
+        && record.get(HEAD_BYTES..body_at)? == before.get(HEAD_BYTES..body_at)?;
+    is_like.then(|| Message { body: Body::Inline(&record[body_at..]), ..*message })
+}
+
 /// The record with its body inside, as the store keeps it.
 pub fn whole(record: &[u8], shared: &Bytes, out: &mut Vec<u8>) {
     out.clear();

@@ -43,7 +43,7 @@ use super::{
     memory::MemoryBudget,
     message::Message,
     port::Effects,
-    queue::{Consumer, ConsumerId, Counts, DeletedQueue, Settled, record::stored_len},
+    queue::{Consumer, ConsumerId, Counts, DeletedQueue, SettledRun, record::stored_len},
     rules::StreamRules,
 };
 use crate::{
@@ -121,13 +121,13 @@ impl Stream {
 
     /// Gives back the credit of deliveries, however they were settled, and goes on delivering. Settling with `None` (what a
     /// closing channel leaves behind) changes nothing. Answers the round that takes what changed in the store, 0 if nothing did.
-    pub fn settle(&self, consumer: Option<ConsumerId>, deliveries: &[Settled], effects: &mut Effects) -> Round {
+    pub fn settle(&self, consumer: Option<ConsumerId>, runs: &[SettledRun], effects: &mut Effects) -> Round {
         let Some(consumer) = consumer else { return 0 };
         let mut state = self.open();
         if state.deleted {
             return 0;
         }
-        if state.settle(consumer, deliveries, clock::now_unix_ms()) {
+        if state.settle(consumer, runs, clock::now_unix_ms()) {
             self.mark_dirty(&mut state);
         }
         self.deliver_locked(&mut state, DELIVERY_COST, effects);

@@ -15,7 +15,7 @@ use crate::{
         memory::{MemoryBudget, Unwritten},
         message::{Body, Message},
         port::{Delivery, Effects, Offer},
-        queue::{Consumer, ConsumerId, Counts, Settled, chunk::Chunk, record},
+        queue::{Consumer, ConsumerId, Counts, SettledRun, chunk::Chunk, record},
         rules::StreamRules,
     },
     store::{QueueStateRecord, Round, SEGMENT_RECORDS},
@@ -221,13 +221,14 @@ impl State {
 
     /// Gives back the credit of settled deliveries and moves a tracked consumer's offset; answers whether that is to be
     /// stored.
-    pub fn settle(&mut self, id: ConsumerId, deliveries: &[Settled], now_unix_ms: u64) -> bool {
+    pub fn settle(&mut self, id: ConsumerId, runs: &[SettledRun], now_unix_ms: u64) -> bool {
         let Some(reader) = self.readers.get_mut(id) else { return false };
-        reader.unacked = reader.unacked.saturating_sub(deliveries.len() as u32);
+        reader.unacked = reader.unacked.saturating_sub(runs.iter().map(|run| run.count).sum());
         reader.is_stalled = false;
         let mut moved = false;
         if let Some(tracking) = &mut reader.tracking {
-            deliveries.iter().for_each(|settled| tracking.tracker.settled(settled.seq));
+            let deliveries = runs.iter().flat_map(|run| run.each());
+            deliveries.for_each(|settled| tracking.tracker.settled(settled.seq));
             let next = tracking.tracker.resume_at(reader.next);
             moved = tracking.stored != Some(next);
             if moved {

@@ -7,7 +7,7 @@ use parking_lot::MutexGuard;
 
 use super::Inner;
 use crate::{
-    broker::{ConsumerId, Queue, Settled},
+    broker::{ConsumerId, Queue, SettledRun},
     model::Name,
     session::{
         confirms::ConfirmLedger,
@@ -47,7 +47,7 @@ pub type Unblocked = Vec<(Arc<Queue>, ConsumerId)>;
 /// Settlements sorted into runs of one queue and consumer. Reused between batches.
 #[derive(Default)]
 pub struct SettleBatch {
-    pub deliveries: Vec<Settled>,
+    pub deliveries: Vec<SettledRun>,
     /// Queue, consumer and the end of the run in `deliveries`.
     pub runs: Vec<(Arc<Queue>, Option<ConsumerId>, usize)>,
     last_slot: Option<(u16, u32)>,
@@ -57,12 +57,6 @@ pub struct SettleBatch {
 impl SettleBatch {
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.unblocked.is_empty()
-    }
-
-    #[inline]
-    fn push(&mut self, unacked: &Unacked) {
-        let Unacked { seq, body_bytes, persistent, .. } = *unacked;
-        self.deliveries.push(Settled { seq, body_bytes, persistent });
     }
 
     /// Empties the batch, keeping its memory.
@@ -80,7 +74,7 @@ impl SettleBatch {
 pub struct Remains {
     pub consumers: Vec<(Arc<Queue>, ConsumerId)>,
     /// Unacked deliveries by queue and consumer, oldest first, to be requeued.
-    pub unacked: Vec<(Arc<Queue>, Option<ConsumerId>, Vec<Settled>)>,
+    pub unacked: Vec<(Arc<Queue>, Option<ConsumerId>, Vec<SettledRun>)>,
 }
 
 impl ChannelOut {
@@ -110,7 +104,7 @@ impl ChannelOut {
     /// Sorts deliveries that are in the unacked ring no more into `batch`.
     pub(super) fn note_settled(&mut self, channel: u16, unacked: &[Unacked], batch: &mut SettleBatch) {
         let ChannelOut { slots, free_slots: free, .. } = self;
-        let mut run = OpenRun { slots, free, channel, slot: 0, count: 0, batch };
+        let mut run = OpenRun { slots, free, channel, slot: 0, count: 0, start: 0, batch };
         unacked.iter().for_each(|unacked| run.add(unacked));
         run.end();
     }
@@ -127,15 +121,11 @@ impl ChannelOut {
 
     pub(super) fn into_remains(mut self) -> Remains {
         let mut remains = Remains::default();
-        let mut by_slot: Vec<Vec<Settled>> = Vec::new();
+        let mut by_slot: Vec<Vec<SettledRun>> = Vec::new();
         by_slot.resize_with(self.slots.len(), Vec::new);
         for unacked in self.unacked.drain() {
             if let Some(deliveries) = by_slot.get_mut(unacked.slot as usize) {
-                deliveries.push(Settled {
-                    seq: unacked.seq,
-                    body_bytes: unacked.body_bytes,
-                    persistent: unacked.persistent,
-                });
+                deliveries.push(unacked.settled());
             }
         }
         for (slot, deliveries) in self.slots.into_iter().zip(by_slot) {
@@ -158,32 +148,41 @@ struct OpenRun<'a> {
     channel: u16,
     slot: u32,
     count: u32,
+    /// Where they begin in the batch.
+    start: usize,
     batch: &'a mut SettleBatch,
 }
 
 impl OpenRun<'_> {
     #[inline]
     fn add(&mut self, unacked: &Unacked) {
-        if unacked.slot != self.slot {
+        if unacked.slot != self.slot || self.count == 0 {
             self.end();
             self.slot = unacked.slot;
+            self.start = self.batch.deliveries.len();
         }
-        self.batch.push(unacked);
-        self.count += 1;
+        let continues = self.count > 0 || self.batch.last_slot == Some((self.channel, self.slot));
+        let settled = unacked.settled();
+        match self.batch.deliveries.last_mut() {
+            Some(last) if continues && last.joins(&settled) => last.count += settled.count,
+            _ => self.batch.deliveries.push(settled),
+        }
+        self.count += unacked.count;
     }
 
     /// Sorts what was added since the last call into the batch's runs.
     #[inline]
     fn end(&mut self) {
-        let (count, end) = (std::mem::take(&mut self.count), self.batch.deliveries.len());
+        let count = std::mem::take(&mut self.count);
         if count == 0 {
             return;
         }
         let Some(entry @ Some(_)) = self.slots.get_mut(self.slot as usize) else {
-            return self.batch.deliveries.truncate(end - count as usize);
+            return self.batch.deliveries.truncate(self.start);
         };
         let Some(slot) = entry.as_mut() else { return };
         slot.unacked = slot.unacked.saturating_sub(count);
+        let end = self.batch.deliveries.len();
         match self.batch.runs.last_mut() {
             Some(run) if self.batch.last_slot == Some((self.channel, self.slot)) => run.2 = end,
             _ => {
@@ -215,7 +214,7 @@ impl Settler<'_> {
     pub fn settle(&mut self, tag: u64, multiple: bool, batch: &mut SettleBatch) -> Result<(), UnknownDeliveryTag> {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, batch };
+        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, start: 0, batch };
         unacked.settle(tag, multiple, |unacked| run.add(&unacked))?;
         run.end();
         if out.prefetch > 0 {
@@ -230,7 +229,7 @@ impl Settler<'_> {
     pub fn settle_each(&mut self, first: u64, count: usize, batch: &mut SettleBatch) -> bool {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return false };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, batch };
+        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, start: 0, batch };
         let settled = unacked.settle_each(first, count, |unacked| run.add(&unacked));
         run.end();
         if settled && out.prefetch > 0 {

@@ -146,10 +146,9 @@ impl Inner {
         let count = messages.iter().take(room).take_while(|message| message.is_like(written)).count();
         let messages = &messages[..count];
         if !slot.no_ack {
+            let unacked = Unacked::new(channel.last_tag + 1, first, to.slot, template.body_len, written.persistent);
+            channel.unacked.push(Unacked { count: count as u32, ..unacked });
             slot.unacked += count as u32;
-            let (tag, body_len, persistent) = (channel.last_tag + 1, template.body_len, written.persistent);
-            let unacked = |at| Unacked::new(tag + at, first + at, to.slot, body_len, persistent);
-            channel.unacked.extend((0..count).map(|at| unacked(at as u64)));
         }
         let bytes = &mut self.out.bytes;
         bytes.reserve(count * bytes_each);

@@ -14,13 +14,13 @@ fn commit(store: &Store, queue: &Arc<Queue>) {
 }
 
 /// Gets the next message.
-fn get(queue: &Arc<Queue>, events: &EventLog) -> Option<Settled> {
+fn get(queue: &Arc<Queue>, events: &EventLog) -> Option<SettledRun> {
     let port: Arc<dyn Port> = FakePort::new(events);
     events.lock().clear();
     queue.get(&port, Address { channel: 1, slot: 0 }, false, &mut Effects::default());
     match events.lock().first() {
         Some(Event::Got { given, .. }) => {
-            Some(Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true })
+            Some(Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true }.into())
         }
         _ => None,
     }
@@ -41,7 +41,7 @@ fn counts_and_waits_survive_a_restart_without_retry_and_hold_when_it_comes_back(
         queue.publish(&[message], &mut effects);
     }
     // Three failures: the first message is ready again, the second will be in an hour, the third is acked later.
-    let held: Vec<Settled> = (0..3).map(|_| get(&queue, &events).expect("a message")).collect();
+    let held: Vec<SettledRun> = (0..3).map(|_| get(&queue, &events).expect("a message")).collect();
     queue.settle(None, &held[..1], Settlement::Failed, &mut effects);
     queue.settle(None, &held[2..], Settlement::Failed, &mut effects);
     queue.apply_rules(retrying(3_600_000), &mut effects);

@@ -1,6 +1,7 @@
 //! The queue over a real store, with real rounds and read-back on their own threads, and fake ports; and its parts on their
 //! own.
 
+mod acking;
 mod attempts;
 mod chunk;
 mod consumers;

@@ -333,18 +333,27 @@ impl Subject {
         if done.is_empty() {
             return;
         }
-        let settled: Vec<Settled> = done
-            .iter()
-            .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: given.persistent })
-            .collect();
+        let mut settled: Vec<SettledRun> = Vec::new();
+        for Given { seq, body_bytes, persistent, .. } in done.iter().map(|(given, _)| *given) {
+            let one = SettledRun::from(Settled { seq, body_bytes, persistent });
+            match settled.last_mut() {
+                Some(last) if last.joins(&one) => last.count += 1,
+                _ => settled.push(one),
+            }
+        }
         if requeue {
             for (_, message) in done {
                 let at = self.ready.partition_point(|ready| ready.id < message.id);
                 self.ready.insert(at, Msg { handed_out: true, ..message });
             }
         }
-        let how = if requeue { Settlement::Failed } else { Settlement::Acked };
-        self.queue.settle(consumer, &settled, how, effects);
+        if requeue {
+            self.queue.settle(consumer, &settled, Settlement::Failed, effects);
+        } else if settled.len() % 2 == 0 {
+            self.queue.settle(consumer, &settled, Settlement::Acked, effects);
+        } else {
+            self.queue.acknowledge(consumer, &settled, effects);
+        }
     }
 
     fn get(&mut self, no_ack: bool, effects: &mut Effects) {

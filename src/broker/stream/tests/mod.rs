@@ -204,8 +204,8 @@ impl World {
     }
 
     fn settle(&self, id: ConsumerId, offsets: &[u64]) {
-        let settled: Vec<Settled> =
-            offsets.iter().map(|&seq| Settled { seq, body_bytes: 8, persistent: true }).collect();
+        let settled: Vec<SettledRun> =
+            offsets.iter().map(|&seq| SettledRun { seq, count: 1, body_bytes: 8, persistent: true }).collect();
         self.stream.settle(Some(id), &settled, &mut Effects::default());
     }
 

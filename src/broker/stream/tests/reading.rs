@@ -66,7 +66,11 @@ fn settlements_of_any_kind_give_back_credit_and_nothing_else() {
     assert_eq!(client.wait_for(4), [0, 1, 2, 3]);
     world.settle(id, &[2]);
     assert_eq!(client.wait_for(5), [0, 1, 2, 3, 4]);
-    world.stream.settle(None, &[Settled { seq: 0, body_bytes: 8, persistent: true }], &mut Effects::default());
+    world.stream.settle(
+        None,
+        &[SettledRun { seq: 0, count: 1, body_bytes: 8, persistent: true }],
+        &mut Effects::default(),
+    );
     world.settle(id, &[0, 1, 3]);
     assert_eq!(client.wait_for(8), [0, 1, 2, 3, 4, 5, 6, 7]);
     assert_eq!(world.stream.counts(), Counts { ready: 10, ready_bytes: 100, consumers: 1, ..Counts::default() });

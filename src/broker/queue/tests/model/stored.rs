@@ -82,9 +82,9 @@ fn a_deleted_queue_takes_nothing_hands_out_nothing_and_frees_its_memory() {
     assert_eq!((subject.queue.counts(), subject.budget.used_bytes()), (Counts::default(), 0));
     let mut effects = Effects::default();
     let held = std::mem::take(&mut subject.consumers[0].held);
-    let settled: Vec<Settled> = held
+    let settled: Vec<SettledRun> = held
         .iter()
-        .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true })
+        .map(|(given, _)| Settled { seq: given.seq, body_bytes: given.body_bytes, persistent: true }.into())
         .collect();
     subject.queue.settle(Some(subject.consumers[0].id), &settled, Settlement::Failed, &mut effects);
     let names = encode_names(b"", b"q");
