@@ -312,12 +312,13 @@ impl QueueState {
     /// they never enter the log. Answers how many were taken.
     pub(super) fn pass_through(&mut self, messages: &[Message<'_>], effects: &mut Effects) -> usize {
         let mut taken = 0;
+        let stretch = self.stretch(messages.len() as u64);
         while taken < messages.len() {
             let Some((consumer, alone)) = self.consumers.current() else { break };
             if !consumer.no_ack {
                 break;
             }
-            let run = if alone { messages.len() } else { taken + 1 };
+            let run = if alone { messages.len() } else { messages.len().min(taken + stretch) };
             let (to, mut last, mut is_behind) = (consumer.address, Offer::Taken, false);
             let wake = consumer.port.with_writer(&mut |writer| {
                 let (more, offer) = writer.deliver_run(to, 0, &messages[taken..run]);

@@ -18,6 +18,12 @@ use crate::broker::{
 };
 use crate::clock;
 
+/// Fewer ready messages are handed out one by one.
+const BACKLOG_MESSAGES: u64 = 64;
+/// Turns that each of several consumers has at a backlog, at least.
+const TURNS: u64 = 4;
+/// Messages for one turn of several consumers at most.
+const MAX_STRETCH: u64 = 32;
 /// Deliveries in one go before the lock is given up.
 const DELIVERY_BUDGET: usize = 16 << 10;
 
@@ -140,6 +146,16 @@ impl Run<'_, '_> {
 }
 
 impl QueueState {
+    /// Messages for one turn of several consumers at so many that are ready. One, as in RabbitMQ, unless they are many: then so
+    /// many that everybody has several turns, and that what one of them acknowledges stands side by side.
+    #[inline]
+    pub(super) fn stretch(&self, ready: u64) -> usize {
+        if ready < BACKLOG_MESSAGES {
+            return 1;
+        }
+        (ready / (TURNS * self.consumers.len().max(1) as u64)).clamp(1, MAX_STRETCH) as usize
+    }
+
     /// Offers ready messages to consumers that can take them, round robin within the highest priority. `arrived` is what
     /// stands at the cursor, as far as that is known: it need not be read from the log.
     ///
@@ -158,6 +174,7 @@ impl QueueState {
             return self.deliver_grouped(now_unix_ms, effects);
         }
         let mut budget = DELIVERY_BUDGET;
+        let stretch = self.stretch(self.lanes.ready().messages);
         while budget > 0 {
             let returned = if self.return_order.is_empty() { None } else { self.next_returned() };
             let consumer_id = if self.checkouts.is_some() { self.consumers.current_id() } else { None };
@@ -176,7 +193,11 @@ impl QueueState {
             let mut run = Run {
                 level: lane.level,
                 returned: returned.map(|(_, seq)| seq),
-                limit: if alone && returned.is_none() { budget } else { 1 },
+                limit: match returned {
+                    None if alone => budget,
+                    None => stretch,
+                    Some(_) => 1,
+                },
                 arrived,
                 consumer,
                 consumer_id,
