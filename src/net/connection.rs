@@ -16,7 +16,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt, ReadBuf},
     net::{TcpStream, tcp::OwnedReadHalf},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
 };
 
 use super::{
@@ -160,38 +160,43 @@ impl Connection {
 
     async fn read_loop(&mut self, reader: &mut OwnedReadHalf, handshake_deadline: Instant) -> End {
         let mut carry = Vec::new();
-        let mut deadline = Some(handshake_deadline);
+        let mut deadline = Some(Box::pin(sleep_until(handshake_deadline)));
         let mut phase = self.session.phase();
+        let mut registered = None;
         loop {
-            let step = tokio::select! {
-                biased;
-                command = self.handle.commanded() => match command {
-                    Command::Close(reason) => {
-                        self.session.close(&reason);
-                        self.after_phase(&mut phase, &mut deadline);
-                        continue;
-                    }
-                    Command::Drop(reason) => return End::Drop { later: false, reason: reason.into() },
-                    Command::Attend => {
-                        self.session.close_timed_out_channels();
-                        continue;
-                    }
-                },
-                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    return End::Drop { later: false, reason: format!("timeout in phase {phase:?}") };
+            let event = poll_fn(|cx| {
+                if let Poll::Ready(command) = self.handle.poll_commanded(cx, &mut registered) {
+                    return Poll::Ready(Event::Command(command));
                 }
-                batch = poll_fn(|cx| poll_batch(reader, cx, &mut carry, &mut self.session)) => match batch {
-                    Ok(Batch { read: 0, .. }) => return End::Peer(Ok(())),
-                    Ok(Batch { read, step }) => {
-                        self.handle.note_received();
-                        self.read_bytes = read;
-                        if read >= BUSY_READ_BYTES {
-                            tokio::task::yield_now().await;
-                        }
-                        step
+                if deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+                    return Poll::Ready(Event::Late);
+                }
+                poll_batch(reader, cx, &mut carry, &mut self.session).map(Event::Batch)
+            });
+            let step = match event.await {
+                Event::Command(Command::Close(reason)) => {
+                    self.session.close(&reason);
+                    self.after_phase(&mut phase, &mut deadline);
+                    continue;
+                }
+                Event::Command(Command::Drop(reason)) => {
+                    return End::Drop { later: false, reason: reason.into() };
+                }
+                Event::Command(Command::Attend) => {
+                    self.session.close_timed_out_channels();
+                    continue;
+                }
+                Event::Late => return End::Drop { later: false, reason: format!("timeout in phase {phase:?}") },
+                Event::Batch(Ok(Batch { read: 0, .. })) => return End::Peer(Ok(())),
+                Event::Batch(Ok(Batch { read, step })) => {
+                    self.handle.note_received();
+                    self.read_bytes = read;
+                    if read >= BUSY_READ_BYTES {
+                        tokio::task::yield_now().await;
                     }
-                    Err(error) => return End::Peer(Err(error)),
-                },
+                    step
+                }
+                Event::Batch(Err(error)) => return End::Peer(Err(error)),
             };
             if let Some(end) = self.after_batch(step, &mut carry).await {
                 return end;
@@ -261,7 +266,7 @@ impl Connection {
     }
 
     /// Sets clocks that depend on the phase of the session.
-    fn after_phase(&mut self, phase: &mut Phase, deadline: &mut Option<Instant>) {
+    fn after_phase(&mut self, phase: &mut Phase, deadline: &mut Option<Pin<Box<Sleep>>>) {
         let now = self.session.phase();
         if now == *phase {
             return;
@@ -282,11 +287,19 @@ impl Connection {
                     (true, false) => CLOSE_TIMEOUT,
                     _ => DROP_PAUSE,
                 };
-                *deadline = Some(Instant::now() + patience);
+                *deadline = Some(Box::pin(sleep(patience)));
             }
             _ => {}
         }
     }
+}
+
+/// What the reader waits for.
+enum Event {
+    Command(Command),
+    /// The deadline of the present phase has passed.
+    Late,
+    Batch(io::Result<Batch>),
 }
 
 /// One read, handled.

@@ -1,8 +1,11 @@
 //! Every connection that is open: what the timer task and a shutdown need of it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, Waker},
 };
 
 use dashmap::DashMap;
@@ -22,12 +25,20 @@ pub enum Command {
     Attend,
 }
 
+/// A request to a reader, and how the reader is woken for one.
+#[derive(Default)]
+struct Request {
+    command: Option<Command>,
+    waker: Option<Waker>,
+}
+
 /// A connection as others see it.
 pub struct Handle {
     pub id: u64,
     pub outbox: Arc<Outbox>,
-    command: Mutex<Option<Command>>,
-    commanded: Notify,
+    request: Mutex<Request>,
+    /// A request waits.
+    is_commanded: AtomicBool,
     /// Bytes came in, or went out, since the timer last looked.
     received: AtomicBool,
     sent: AtomicBool,
@@ -40,27 +51,42 @@ pub struct Handle {
 impl Handle {
     /// Asks the reader for something; a second request replaces an unread first.
     pub fn command(&self, command: Command) {
-        let mut waiting = self.command.lock();
-        if !matches!((&command, &*waiting), (Command::Attend, Some(_))) {
-            *waiting = Some(command);
+        let waker = {
+            let mut request = self.request.lock();
+            if !matches!((&command, &request.command), (Command::Attend, Some(_))) {
+                request.command = Some(command);
+            }
+            self.is_commanded.store(true, Ordering::Release);
+            request.waker.clone()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
         }
-        drop(waiting);
-        self.commanded.notify_one();
     }
 
     /// Whether a request waits.
+    #[inline]
     pub fn is_commanded(&self) -> bool {
-        self.command.lock().is_some()
+        self.is_commanded.load(Ordering::Acquire)
     }
 
-    /// Waits for a request.
-    pub async fn commanded(&self) -> Command {
-        loop {
-            if let Some(command) = self.command.lock().take() {
-                return command;
-            }
-            self.commanded.notified().await;
+    /// Answers a request to the reader, or has the reader woken for the next one. `registered` is the waker that is known
+    /// already.
+    ///
+    /// Hot path: nothing is locked while the reader is the same task.
+    #[inline]
+    pub fn poll_commanded(&self, cx: &Context<'_>, registered: &mut Option<Waker>) -> Poll<Command> {
+        let is_known = registered.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        if is_known && !self.is_commanded() {
+            return Poll::Pending;
         }
+        let mut request = self.request.lock();
+        if !is_known {
+            *registered = Some(cx.waker().clone());
+            request.waker.clone_from(registered);
+        }
+        self.is_commanded.store(false, Ordering::Relaxed);
+        request.command.take().map_or(Poll::Pending, Poll::Ready)
     }
 
     #[inline]
@@ -103,8 +129,8 @@ impl Registry {
         let handle = Arc::new(Handle {
             id,
             outbox,
-            command: Mutex::new(None),
-            commanded: Notify::new(),
+            request: Mutex::default(),
+            is_commanded: AtomicBool::new(false),
             received: AtomicBool::new(true),
             sent: AtomicBool::new(false),
             heartbeat_secs: AtomicU16::new(0),

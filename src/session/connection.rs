@@ -27,9 +27,6 @@ use crate::{
     wire::{self, Scan, frame, hot},
 };
 
-/// Bytes waiting for a client from which on nothing is read from it: answers, returns and confirms are bounded by that,
-/// as deliveries are by the outbox's own mark.
-const CLOGGED_BYTES: usize = 4 << 20;
 /// Bytes published to queues whose consumers lag, after which the publisher is paused.
 const CONGESTED_BYTES: usize = 128 << 10;
 
@@ -283,7 +280,7 @@ impl Session {
 
     /// Whether so much waits for the client that nothing more should be read from it.
     pub fn is_clogged(&self) -> bool {
-        self.outbox.waiting_bytes() > CLOGGED_BYTES
+        self.outbox.is_clogged()
     }
 
     /// Stops the feed if what the last answer has added is too much.

@@ -16,7 +16,7 @@ use std::{
 };
 
 use amq_protocol::protocol::{AMQPClass, basic};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 pub use self::channel::{Remains, SettleBatch, Settler, Unblocked};
@@ -41,6 +41,9 @@ pub const HIGH_WATER_BYTES: usize = 512 << 10;
 const BEHIND_BYTES: usize = HIGH_WATER_BYTES / 2;
 /// Memory that a busy connection's buffers keep: the mark, and what one read can add to it.
 const BUSY_BUFFER_BYTES: usize = HIGH_WATER_BYTES + (512 << 10);
+/// Bytes waiting for a client from which on nothing is read from it: answers, returns and confirms are bounded by that,
+/// as deliveries are by the high-water mark.
+const CLOGGED_BYTES: usize = 4 << 20;
 /// Bytes after which direct replies to the connection are dropped.
 const REPLY_LIMIT_BYTES: usize = 64 << 20;
 /// What is written at once while the writer rests: more is worth a second core.
@@ -86,6 +89,10 @@ pub struct Outbox {
     origin: OnceLock<Arc<Origin>>,
     /// Deliveries were noted that are to be traced.
     has_traces: AtomicBool,
+    /// The session has said something that nobody may have sent.
+    unsent: AtomicBool,
+    /// The session has said something since [`Outbox::is_clogged`] found little.
+    grown: AtomicBool,
     broker: Arc<Broker>,
     this: Weak<Outbox>,
 }
@@ -118,6 +125,8 @@ impl Outbox {
             direct_write: OnceLock::new(),
             origin: OnceLock::new(),
             has_traces: AtomicBool::new(false),
+            unsent: AtomicBool::new(false),
+            grown: AtomicBool::new(false),
             broker,
             this: this.clone(),
         })
@@ -191,19 +200,39 @@ impl Outbox {
         inner.cancel_notify = cancel_notify;
     }
 
+    /// Locks it for the session to say something, which [`Outbox::wake_if_needed`] has sent.
+    #[inline]
+    fn speak(&self) -> MutexGuard<'_, Inner> {
+        self.unsent.store(true, Ordering::Relaxed);
+        self.grown.store(true, Ordering::Relaxed);
+        self.inner.lock()
+    }
+
     /// Appends ready-made bytes. The caller wakes the writer.
     pub fn push(&self, bytes: &[u8]) {
-        self.inner.lock().out.bytes.extend_from_slice(bytes);
+        self.speak().out.bytes.extend_from_slice(bytes);
     }
 
     /// Appends a method frame. The caller wakes the writer.
     pub fn push_method(&self, channel: u16, class: &AMQPClass) {
-        method::write(&mut self.inner.lock().out.bytes, channel, class);
+        method::write(&mut self.speak().out.bytes, channel, class);
     }
 
     /// Bytes that wait for the writer.
-    pub fn waiting_bytes(&self) -> usize {
+    fn waiting_bytes(&self) -> usize {
         self.inner.lock().out.len()
+    }
+
+    /// Whether so much waits for the client that nothing more should be read from it. Deliveries have a mark of their own, so
+    /// that of a session which has said nothing is not looked at.
+    #[inline]
+    pub fn is_clogged(&self) -> bool {
+        if !self.grown.load(Ordering::Relaxed) {
+            return false;
+        }
+        let is_clogged = self.waiting_bytes() > CLOGGED_BYTES;
+        self.grown.store(is_clogged, Ordering::Relaxed);
+        is_clogged
     }
 
     /// Swaps the waiting bytes into `batch`, which is empty; `false` when nothing waits.
@@ -275,8 +304,16 @@ impl Outbox {
         self.writable.notify_one();
     }
 
-    /// Has written what waits, if nobody has done so.
+    /// Has written what the session has said, if nobody has done so.
+    #[inline]
     pub fn wake_if_needed(&self) {
+        if self.unsent.load(Ordering::Relaxed) {
+            self.unsent.store(false, Ordering::Relaxed);
+            self.send_if_needed();
+        }
+    }
+
+    fn send_if_needed(&self) {
         let wake = {
             let mut inner = self.inner.lock();
             let waits = !inner.out.is_empty() && !inner.wake_pending && !self.write_at_once(&mut inner);
@@ -343,7 +380,7 @@ impl Outbox {
 
     /// Announces the consumer (unless `no_wait`) and lets deliveries follow; the caller then kicks the queue.
     pub fn start_consumer(&self, channel: u16, slot: u32, consumer: Option<ConsumerId>, tag: &Name, no_wait: bool) {
-        let mut guard = self.inner.lock();
+        let mut guard = self.speak();
         let inner = &mut *guard;
         inner.template.to = None; // it may be of an earlier consumer in the same slot
         let Some(out) = inner.channels.get_mut(channel) else { return };
@@ -454,7 +491,7 @@ impl Outbox {
 
     /// Notes publishes up to `last` that are durable with `round`, and answers what needs no waiting.
     pub fn confirm(&self, channel: u16, last: u64, round: Round) {
-        let mut guard = self.inner.lock();
+        let mut guard = self.speak();
         let inner = &mut *guard;
         if let Some(out) = inner.channels.get_mut(channel) {
             out.confirms.published(last, round, channel, &mut inner.out.bytes);
@@ -466,7 +503,7 @@ impl Outbox {
 
     /// Nacks publishes up to `last`.
     pub fn refuse(&self, channel: u16, last: u64) {
-        let mut guard = self.inner.lock();
+        let mut guard = self.speak();
         let inner = &mut *guard;
         if let Some(out) = inner.channels.get_mut(channel) {
             out.confirms.refused(last, channel, &mut inner.out.bytes);
@@ -495,7 +532,7 @@ impl Outbox {
 
     /// Writes `basic.return` for an unroutable message.
     pub fn return_message(&self, channel: u16, message: &Message<'_>) {
-        let mut guard = self.inner.lock();
+        let mut guard = self.speak();
         let inner = &mut *guard;
         encode::basic_return_no_route(&mut inner.out.bytes, channel, message.names);
         content(&mut inner.out, channel, message, inner.frame_max);
