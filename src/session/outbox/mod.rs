@@ -219,7 +219,7 @@ impl Outbox {
     }
 
     /// Bytes that wait for the writer.
-    fn waiting_bytes(&self) -> usize {
+    pub fn waiting_bytes(&self) -> usize {
         self.inner.lock().out.len()
     }
 

@@ -203,11 +203,11 @@ impl Shape {
             let first = text.lines().next().unwrap_or_default();
             complain(first.strip_prefix("error: ").unwrap_or(first))
         })?;
-        if line.load.time.is_none() && line.load.count.is_none() {
+        let is_endless = line.load.time.is_none() && line.load.count.is_none() && line.load.total_count.is_none();
+        if is_endless {
             words.push(format!("--time={seconds}"));
         }
-        let timed =
-            PerfArgs { time: line.load.time.or(line.load.count.is_none().then_some(seconds)), ..line.load.clone() };
+        let timed = PerfArgs { time: line.load.time.or(is_endless.then_some(seconds)), ..line.load.clone() };
         let plan = timed.into_plan().map_err(|error| complain(&error.to_string()))?;
         let publishing = plan.limit.duration.unwrap_or(COUNTED_RUN_LIMIT);
         Ok(Self {
@@ -303,8 +303,18 @@ mod tests {
 
     #[test]
     fn own_shapes_replace_the_matrix_and_may_say_how_long_and_where() {
-        let given = ["--a", "amqp://h", "--shape", "big one: -s 99", "--shape", "counted: --count 7 --queue q"];
+        let given = [
+            "--a",
+            "amqp://h",
+            "--shape",
+            "big one: -s 99",
+            "--shape",
+            "counted: --count 7 --queue q",
+            "--shape",
+            "counted in all: --total-count 7",
+        ];
         let shapes = plan(&given).expect("valid").shapes;
+        assert_eq!(shapes[2].words, ["--total-count", "7"]);
         assert_eq!((shapes[0].title.as_str(), shapes[0].names_its_queue), ("big one", false));
         assert_eq!(shapes[0].words, ["-s", "99", "--time=5"]);
         assert_eq!(shapes[1].words, ["--count", "7", "--queue", "q"]);
