@@ -126,8 +126,8 @@ impl UnackedRing {
             }
             end = run.end();
         }
-        let is_outstanding = end >= until && self.settled.within(first, until).next().is_none();
-        if !is_outstanding {
+        let has_settled = !self.settled.is_empty() && self.settled.within(first, until).next().is_some();
+        if end < until || has_settled {
             return false;
         }
         if self.runs.front().is_some_and(|run| run.tag == first) {
@@ -137,7 +137,10 @@ impl UnackedRing {
         for run in self.runs.range(index..).take_while(|run| run.tag < until) {
             each(run.part(run.tag.max(first), run.end().min(until)));
         }
-        self.settled.insert_range(first, until);
+        match count {
+            1 => _ = self.settled.insert(first),
+            _ => self.settled.insert_range(first, until),
+        }
         self.len -= count;
         true
     }
@@ -147,9 +150,14 @@ impl UnackedRing {
     fn settle_front(&mut self, until: u64, mut each: impl FnMut(Unacked)) {
         while let Some(run) = self.runs.front().filter(|run| run.tag < until) {
             let end = run.end().min(until);
-            for (from, until) in outstanding(&self.settled, run.tag, end) {
-                self.len -= (until - from) as usize;
-                each(run.part(from, until));
+            if self.settled.is_empty() {
+                self.len -= (end - run.tag) as usize;
+                each(run.part(run.tag, end));
+            } else {
+                for (from, until) in outstanding(&self.settled, run.tag, end) {
+                    self.len -= (until - from) as usize;
+                    each(run.part(from, until));
+                }
             }
             self.drop_front(end);
         }
@@ -259,7 +267,7 @@ mod tests {
                     4 => {
                         // A transaction that is rolled back.
                         let mut taken = Vec::new();
-                        let _ = ring.settle(at, count % 2 == 0, |unacked| taken.push(unacked));
+                        let _ = ring.settle(at, count.is_multiple_of(2), |unacked| taken.push(unacked));
                         ring.restore(taken);
                     }
                     _ => {

@@ -62,7 +62,7 @@ impl SettleBatch {
     /// Empties the batch, keeping its memory.
     pub fn clear(&mut self) {
         self.deliveries.clear();
-        self.deliveries.shrink_to(16 << 10);
+        self.deliveries.shrink_to(1 << 10);
         self.runs.clear();
         self.unblocked.clear();
         self.last_slot = None;

@@ -349,7 +349,7 @@ impl Subject {
         }
         if requeue {
             self.queue.settle(consumer, &settled, Settlement::Failed, effects);
-        } else if settled.len() % 2 == 0 {
+        } else if settled.len().is_multiple_of(2) {
             self.queue.settle(consumer, &settled, Settlement::Acked, effects);
         } else {
             self.queue.acknowledge(consumer, &settled, effects);
