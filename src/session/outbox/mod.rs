@@ -203,9 +203,11 @@ impl Outbox {
     /// Locks it for the session to say something, which [`Outbox::wake_if_needed`] has sent.
     #[inline]
     fn speak(&self) -> MutexGuard<'_, Inner> {
+        let inner = self.inner.lock();
+        // Under the lock: whoever takes a mark away before he locks finds what it was set for.
         self.unsent.store(true, Ordering::Relaxed);
         self.grown.store(true, Ordering::Relaxed);
-        self.inner.lock()
+        inner
     }
 
     /// Appends ready-made bytes. The caller wakes the writer.
@@ -230,7 +232,8 @@ impl Outbox {
         if !self.grown.load(Ordering::Relaxed) {
             return false;
         }
-        let is_clogged = self.waiting_bytes() > CLOGGED_BYTES;
+        let inner = self.inner.lock();
+        let is_clogged = inner.out.len() > CLOGGED_BYTES;
         self.grown.store(is_clogged, Ordering::Relaxed);
         is_clogged
     }
