@@ -105,13 +105,34 @@ impl UnackedRing {
             return Ok(());
         }
         if !multiple {
-            return if self.settle_each(tag, 1, each) { Ok(()) } else { Err(UnknownDeliveryTag(tag)) };
+            let settled = self.settle_oldest(tag, each);
+            return if settled { Ok(()) } else { Err(UnknownDeliveryTag(tag)) };
         }
         if self.find(tag).is_none() || self.settled.contains(tag) {
             return Err(UnknownDeliveryTag(tag));
         }
         self.settle_front(tag + 1, each);
         Ok(())
+    }
+
+    /// [`UnackedRing::settle_each`] of one delivery, which most likely is the oldest.
+    #[inline]
+    fn settle_oldest(&mut self, tag: u64, mut each: impl FnMut(Unacked)) -> bool {
+        match self.runs.front_mut() {
+            // Whatever comes after it is outstanding as well.
+            Some(run) if run.tag == tag && self.settled.is_empty() => {
+                each(Unacked { count: 1, ..*run });
+                self.len -= 1;
+                if run.count > 1 {
+                    (run.tag, run.seq, run.count) = (run.tag + 1, run.seq + 1, run.count - 1);
+                } else {
+                    self.runs.pop_front();
+                    self.give_back_memory();
+                }
+                true
+            }
+            _ => self.settle_each(tag, 1, each),
+        }
     }
 
     /// Takes out the deliveries of `count` tags from `first` on, as so many calls of [`UnackedRing::settle`] would, if all of
@@ -172,6 +193,11 @@ impl UnackedRing {
         {
             self.drop_front(end);
         }
+        self.give_back_memory();
+    }
+
+    #[inline]
+    fn give_back_memory(&mut self) {
         if self.runs.is_empty() && self.runs.capacity() > IDLE_RUNS {
             self.runs = VecDeque::new();
         }
