@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{
@@ -45,6 +46,11 @@ pub(super) const RECYCLED_WALS: usize = 4;
 /// Memtables of a family that is written much: one that fills and one that is flushed. When both are full the commit thread
 /// waits, and with it publishers, which is better than memory that grows or RocksDB's guess at a rate.
 const MEMTABLES: i32 = 2;
+
+/// How often a write is tried that RocksDB does not take because its memtables are full.
+const STALL_STEP: Duration = Duration::from_millis(2);
+/// How long such a write may wait after a flush has failed.
+const FAILED_FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Table and blob files that are kept open.
 const OPEN_FILES: i32 = 128;
@@ -215,12 +221,20 @@ impl Rocks {
     pub fn write_log(&self, round: &mut RoundBuilder, sync: bool) -> Result<usize, String> {
         let guard = self.db.read();
         let db = guard.as_ref().ok_or_else(|| self.not_open().to_string())?;
-        let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
-        let bytes = batch.size_in_bytes();
-        if !batch.is_empty() {
-            let mut options = WriteOptions::default();
-            options.set_sync(sync);
-            db.write_opt(batch, &options).map_err(|error| self.write_failure(&error))?;
+        let mut options = WriteOptions::default();
+        options.set_sync(sync);
+        options.set_no_slowdown(true);
+        let began = Instant::now();
+        let (bytes, ended_bodies, is_empty) = loop {
+            let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
+            let (bytes, is_empty) = (batch.size_in_bytes(), batch.is_empty());
+            match if is_empty { Ok(()) } else { db.write_opt(batch, &options) } {
+                Ok(()) => break (bytes, ended_bodies, is_empty),
+                Err(error) if self.may_wait(db, &error, began) => std::thread::sleep(STALL_STEP),
+                Err(error) => return Err(self.write_failure(&error)),
+            }
+        };
+        if !is_empty {
             self.unsynced.store(!sync, Ordering::Relaxed);
             self.mirror.wrote(round.tails());
             if sync {
@@ -232,6 +246,15 @@ impl Rocks {
         self.sweeper.note_notes(round.deleted_notes());
         self.sweeper.note_bodies(&ended_bodies);
         Ok(bytes)
+    }
+
+    /// Whether a write that was refused is to be tried again: RocksDB takes none while its memtables are full. To wait inside of
+    /// it would keep it from getting out of a failed flush, since a waiting writer and whoever recovers wait for each other.
+    /// After a failed flush the wait is short: nobody knows how long that lasts, and whoever publishes has to be told.
+    fn may_wait(&self, db: &DB, error: &rocksdb::Error, began: Instant) -> bool {
+        let failed_flushes = || db.property_int_value("rocksdb.background-errors").ok().flatten().unwrap_or(0);
+        error.kind() == rocksdb::ErrorKind::Incomplete
+            && (began.elapsed() < FAILED_FLUSH_PATIENCE || failed_flushes() == 0)
     }
 
     /// Free bytes on the volume, for what the process may use; `None` when the system does not say.
