@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, InfoLogger, LogLevel,
-    Options, WriteBufferManager, WriteOptions,
+    Options, WriteBatch, WriteBufferManager, WriteOptions,
 };
 
 use super::bodies::Bodies;
@@ -225,16 +225,16 @@ impl Rocks {
         options.set_sync(sync);
         options.set_no_slowdown(true);
         let began = Instant::now();
-        let (bytes, ended_bodies, is_empty) = loop {
-            let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
-            let (bytes, is_empty) = (batch.size_in_bytes(), batch.is_empty());
-            match if is_empty { Ok(()) } else { db.write_opt(batch, &options) } {
-                Ok(()) => break (bytes, ended_bodies, is_empty),
-                Err(error) if self.may_wait(db, &error, began) => std::thread::sleep(STALL_STEP),
-                Err(error) => return Err(self.write_failure(&error)),
+        let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
+        let bytes = batch.size_in_bytes();
+        if !batch.is_empty() {
+            // A write takes the batch, and there may be another.
+            while let Err(error) = db.write_opt(WriteBatch::from_data(batch.data()), &options) {
+                if !self.may_wait(db, &error, began) {
+                    return Err(self.write_failure(&error));
+                }
+                std::thread::sleep(STALL_STEP);
             }
-        };
-        if !is_empty {
             self.unsynced.store(!sync, Ordering::Relaxed);
             self.mirror.wrote(round.tails());
             if sync {
