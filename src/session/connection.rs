@@ -294,8 +294,8 @@ impl Session {
         std::mem::take(&mut self.published)
     }
 
-    /// The connection of a consumer that was given more since the last call than its writer keeps up with, if this session
-    /// publishes to it: who consumes and is behind himself goes on reading.
+    /// The connection of a consumer that was given more since the last call than its writer keeps up with, if it is published
+    /// to from here: who consumes and is behind himself goes on reading.
     pub fn take_behind(&mut self) -> Option<Arc<dyn Port>> {
         let own = Arc::as_ptr(&self.outbox);
         self.effects.behind.take().filter(|port| self.published && !std::ptr::addr_eq(Arc::as_ptr(port), own))

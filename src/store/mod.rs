@@ -48,6 +48,7 @@ mod rocks;
 mod round;
 mod run;
 mod space;
+mod stall;
 mod sweep;
 #[cfg(test)]
 mod tests;

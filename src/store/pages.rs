@@ -20,7 +20,7 @@ use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use rocksdb::{ColumnFamily, ColumnFamilyDescriptor, DB, DEFAULT_COLUMN_FAMILY_NAME, Options, WriteOptions};
 
 use super::read::last_run_before;
-use super::{QueueId, RoundBuilder};
+use super::{QueueId, RoundBuilder, stall};
 
 /// Its place in the data directory.
 const DIRECTORY: &str = "pages";
@@ -106,7 +106,7 @@ impl Pages {
             self.queues.write().extend(round.paging_queues());
             let mut options = WriteOptions::default();
             options.disable_wal(true);
-            db.write_opt(batch, &options)?;
+            stall::write(db, &batch, &mut options)?;
             let mut queues = self.queues.write();
             for queue in round.deleted_queues() {
                 queues.remove(&queue);

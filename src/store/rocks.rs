@@ -14,12 +14,11 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, DBCompressionType, DBRecoveryMode, InfoLogger, LogLevel,
-    Options, WriteBatch, WriteBufferManager, WriteOptions,
+    Options, WriteBufferManager, WriteOptions,
 };
 
 use super::bodies::Bodies;
@@ -28,6 +27,7 @@ use super::notes::NoteOwners;
 use super::pages::Pages;
 use super::recovery::is_damage;
 use super::round::RoundBuilder;
+use super::stall;
 use super::sweep::Sweeper;
 use super::{Durability, QueueId, QueueSeq, StoreError, StoreOptions, key};
 
@@ -46,11 +46,6 @@ pub(super) const RECYCLED_WALS: usize = 4;
 /// Memtables of a family that is written much: one that fills and one that is flushed. When both are full the commit thread
 /// waits, and with it publishers, which is better than memory that grows or RocksDB's guess at a rate.
 const MEMTABLES: i32 = 2;
-
-/// How often a write is tried that RocksDB does not take because its memtables are full.
-const STALL_STEP: Duration = Duration::from_millis(2);
-/// How long such a write may wait after a flush has failed.
-const FAILED_FLUSH_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Table and blob files that are kept open.
 const OPEN_FILES: i32 = 128;
@@ -221,20 +216,12 @@ impl Rocks {
     pub fn write_log(&self, round: &mut RoundBuilder, sync: bool) -> Result<usize, String> {
         let guard = self.db.read();
         let db = guard.as_ref().ok_or_else(|| self.not_open().to_string())?;
-        let mut options = WriteOptions::default();
-        options.set_sync(sync);
-        options.set_no_slowdown(true);
-        let began = Instant::now();
         let (batch, ended_bodies) = round.log_batch(self, db).map_err(|error| error.to_string())?;
         let bytes = batch.size_in_bytes();
         if !batch.is_empty() {
-            // A write takes the batch, and there may be another.
-            while let Err(error) = db.write_opt(WriteBatch::from_data(batch.data()), &options) {
-                if !self.may_wait(db, &error, began) {
-                    return Err(self.write_failure(&error));
-                }
-                std::thread::sleep(STALL_STEP);
-            }
+            let mut options = WriteOptions::default();
+            options.set_sync(sync);
+            stall::write(db, &batch, &mut options).map_err(|error| self.write_failure(&error))?;
             self.unsynced.store(!sync, Ordering::Relaxed);
             self.mirror.wrote(round.tails());
             if sync {
@@ -246,15 +233,6 @@ impl Rocks {
         self.sweeper.note_notes(round.deleted_notes());
         self.sweeper.note_bodies(&ended_bodies);
         Ok(bytes)
-    }
-
-    /// Whether a write that was refused is to be tried again: RocksDB takes none while its memtables are full. To wait inside of
-    /// it would keep it from getting out of a failed flush, since a waiting writer and whoever recovers wait for each other.
-    /// After a failed flush the wait is short: nobody knows how long that lasts, and whoever publishes has to be told.
-    fn may_wait(&self, db: &DB, error: &rocksdb::Error, began: Instant) -> bool {
-        let failed_flushes = || db.property_int_value("rocksdb.background-errors").ok().flatten().unwrap_or(0);
-        error.kind() == rocksdb::ErrorKind::Incomplete
-            && (began.elapsed() < FAILED_FLUSH_PATIENCE || failed_flushes() == 0)
     }
 
     /// Free bytes on the volume, for what the process may use; `None` when the system does not say.

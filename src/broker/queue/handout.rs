@@ -64,24 +64,20 @@ impl Run<'_, '_> {
             let room = (self.limit - self.handed.messages).min(self.consumer.credit());
             let first = self.log.next();
             let (to, position) = (self.consumer.address, queue_position(self.level, first));
-            let (taken, offer) = if self.arrived.is_empty() {
-                let mut run = PlainRun::new();
-                self.log.fresh_run(room.min(RUN_MESSAGES), &mut run);
-                if run.is_empty() {
-                    return room > 0;
-                }
-                let (taken, offer) = writer.deliver_run(to, position, &run);
-                self.handed.add_run(first, &run[..taken], self.consumer.no_ack, self.written_to);
-                (taken, offer)
-            } else if room == 0 {
-                return false;
+            let mut read = PlainRun::new();
+            let run: &[Message<'_>] = if self.arrived.is_empty() {
+                self.log.fresh_run(room.min(RUN_MESSAGES), &mut read);
+                &read
             } else {
-                let run = &self.arrived[..room.min(self.arrived.len())];
-                let (taken, offer) = writer.deliver_run(to, position, run);
-                self.handed.add_run(first, &run[..taken], self.consumer.no_ack, self.written_to);
-                self.arrived = &self.arrived[taken..];
-                (taken, offer)
+                &self.arrived[..room.min(self.arrived.len())]
             };
+            if run.is_empty() {
+                return room > 0;
+            }
+            let (taken, offer) = writer.deliver_run(to, position, run);
+            self.handed.add_run(first, &run[..taken], self.consumer.no_ack, self.written_to);
+            drop(read);
+            self.arrived = self.arrived.get(taken..).unwrap_or_default();
             self.log.take_run(taken);
             if self.consumer.no_ack {
                 self.log.consume_range(first, first + taken as u64);

@@ -104,7 +104,7 @@ impl ChannelOut {
     /// Sorts deliveries that are in the unacked ring no more into `batch`.
     pub(super) fn note_settled(&mut self, channel: u16, unacked: &[Unacked], batch: &mut SettleBatch) {
         let ChannelOut { slots, free_slots: free, .. } = self;
-        let mut run = OpenRun { slots, free, channel, slot: 0, count: 0, start: 0, batch };
+        let mut run = OpenRun::new(slots, free, channel, batch);
         unacked.iter().for_each(|unacked| run.add(unacked));
         run.end();
     }
@@ -153,7 +153,11 @@ struct OpenRun<'a> {
     batch: &'a mut SettleBatch,
 }
 
-impl OpenRun<'_> {
+impl<'a> OpenRun<'a> {
+    fn new(slots: &'a mut [Option<Slot>], free: &'a mut Vec<u32>, channel: u16, batch: &'a mut SettleBatch) -> Self {
+        OpenRun { slots, free, channel, slot: 0, count: 0, start: 0, batch }
+    }
+
     #[inline]
     fn add(&mut self, unacked: &Unacked) {
         if unacked.slot != self.slot || self.count == 0 {
@@ -214,7 +218,7 @@ impl Settler<'_> {
     pub fn settle(&mut self, tag: u64, multiple: bool, batch: &mut SettleBatch) -> Result<(), UnknownDeliveryTag> {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return Err(UnknownDeliveryTag(tag)) };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, start: 0, batch };
+        let mut run = OpenRun::new(slots, free_slots, self.channel, batch);
         unacked.settle(tag, multiple, |unacked| run.add(&unacked))?;
         run.end();
         if out.prefetch > 0 {
@@ -229,7 +233,7 @@ impl Settler<'_> {
     pub fn settle_each(&mut self, first: u64, count: usize, batch: &mut SettleBatch) -> bool {
         let Some(out) = self.inner.channels.get_mut(self.channel) else { return false };
         let ChannelOut { unacked, slots, free_slots, .. } = out;
-        let mut run = OpenRun { slots, free: free_slots, channel: self.channel, slot: 0, count: 0, start: 0, batch };
+        let mut run = OpenRun::new(slots, free_slots, self.channel, batch);
         let settled = unacked.settle_each(first, count, |unacked| run.add(&unacked));
         run.end();
         if settled && out.prefetch > 0 {
